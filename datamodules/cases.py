@@ -1,11 +1,17 @@
-"""What every data set consists of: cases, and how they are split."""
+"""What every data set consists of: cases, how their files are read, and how they are split."""
 
+import json
+import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from errors import InputError
 
 
 @dataclass(frozen=True)
@@ -58,3 +64,209 @@ class DataSet(Protocol):
     def at(self, root: Path) -> "DataSet":
         """The same kind of data set in another folder; for predicting new cases."""
         ...
+
+
+def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """One image or mask, its axes in RAS order by its affine.
+
+    Returns:
+        Voxels (X, Y, Z) as float32, scaled as the header says; affine (4, 4), voxel to mm, RAS.
+
+    Raises:
+        InputError: Not a whole, readable file; not one volume; voxels that are NaN or infinite;
+            axes that are not orthogonal.
+    """
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError, SpatialImage
+
+    try:
+        image = nib.load(path)
+        if not isinstance(image, SpatialImage) or image.affine is None:
+            raise ImageFileError(f"a {type(image).__name__}")
+        if len(image.shape) < 3 or any(size != 1 for size in image.shape[3:]):
+            raise InputError(f"{path}: expected one 3-D volume, found shape {image.shape}")
+        _check_axes(image.affine, path)
+        image = nib.as_closest_canonical(image)
+        voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
+    except InputError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, ImageFileError, HeaderDataError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: expected a readable NIfTI file, found: {reason}") from error
+    voxels = voxels.reshape(voxels.shape[:3])
+    if bad := voxels.size - np.count_nonzero(np.isfinite(voxels)):
+        raise InputError(f"{path}: expected finite voxels, found {bad} NaN or infinite")
+    return voxels, image.affine
+
+
+def _check_axes(affine: np.ndarray, path: Path) -> None:
+    """Sheared axes cannot be resampled as if they were orthogonal, which ITK would do silently."""
+    sizes_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and sizes_mm.all()):
+        raise InputError(f"{path}: expected an affine with three axes, found {affine[:3].tolist()}")
+    cosines = (affine[:3, :3] / sizes_mm).T @ (affine[:3, :3] / sizes_mm)
+    if (largest := np.abs(cosines - np.eye(3)).max()) > 1e-3:
+        raise InputError(
+            f"{path}: expected orthogonal axes, found two at "
+            f"{np.degrees(np.arccos(min(largest, 1))):.1f} degrees"
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which case is for what. Each list is sorted by name."""
+
+    train: list[Case]
+    validation: list[Case]
+    test: list[Case]
+
+    def write(self, path: str | Path) -> None:
+        """Write the names of the cases as JSON; `FileSplit` reads it."""
+        names = {part: [case.name for case in cases] for part, cases in vars(self).items()}
+        Path(path).write_text(json.dumps(names, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class FractionSplit:
+    """Cases drawn at random, in equal shares of each grade.
+
+    Args:
+        validation: Share of the cases, rounded; at least one case unless 0.
+        test: The same.
+        seed: Of the draw.
+
+    Raises:
+        InputError: Shares outside [0, 1), or that leave none for training; when called, too few
+            cases.
+    """
+
+    validation: float
+    test: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not (
+            0 <= self.validation < 1 and 0 <= self.test < 1 and self.validation + self.test < 1
+        ):
+            raise InputError(
+                f"split: expected shares in [0, 1) with a sum below 1, found "
+                f"validation={self.validation}, test={self.test}"
+            )
+
+    def __call__(self, cases: Sequence[Case]) -> Split:
+        rest = _by_name(cases)
+        sizes = {
+            part: max(1, round(share * len(cases))) if share else 0
+            for part, share in (("test", self.test), ("validation", self.validation))
+        }
+        if sum(sizes.values()) >= len(cases):
+            raise InputError(
+                f"split: {len(cases)} cases are too few for {sizes['validation']} of validation, "
+                f"{sizes['test']} of test and one of training"
+            )
+        parts: dict[str, list[Case]] = {}
+        for part, size in sizes.items():
+            rest, parts[part] = self._draw(rest, size)
+        return Split(train=rest, **parts)
+
+    def _draw(self, cases: list[Case], size: int) -> tuple[list[Case], list[Case]]:
+        if size == 0:
+            return cases, []
+        from sklearn.model_selection import train_test_split
+
+        # A stratum of n / size cases is one case of the smaller part: with less it has no share.
+        strata = _strata(cases, least=-(-len(cases) // min(size, len(cases) - size)))
+        rest, drawn = train_test_split(
+            range(len(cases)), test_size=size, stratify=strata, random_state=self.seed
+        )
+        return [cases[i] for i in sorted(rest)], [cases[i] for i in sorted(drawn)]
+
+
+@dataclass(frozen=True)
+class FoldSplit:
+    """One fold of a cross-validation, in equal shares of each grade.
+
+    Fold `fold` is the test part and the one after it the validation part, so that over all folds
+    every case is tested once, validated once, and never both in one run.
+
+    Args:
+        folds: Number of folds, at least 3.
+        fold: Which one, from 0.
+        seed: Of the draw; the same for all folds of one cross-validation.
+
+    Raises:
+        InputError: Fewer than three folds or no such fold; when called, fewer cases than folds.
+    """
+
+    folds: int
+    fold: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.folds < 3 or not 0 <= self.fold < self.folds:
+            raise InputError(
+                f"split: expected folds >= 3 and fold from 0 to folds - 1, found "
+                f"folds={self.folds}, fold={self.fold}"
+            )
+
+    def __call__(self, cases: Sequence[Case]) -> Split:
+        from sklearn.model_selection import StratifiedKFold
+
+        cases = _by_name(cases)
+        if len(cases) < self.folds:
+            raise InputError(f"split: {len(cases)} cases are too few for {self.folds} folds")
+        splitter = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
+        strata = _strata(cases, least=self.folds)
+        folds = [[cases[i] for i in held_out] for _, held_out in splitter.split(cases, strata)]
+        test, validation, *train = folds[self.fold :] + folds[: self.fold]
+        return Split(
+            _by_name(list(chain.from_iterable(train))), _by_name(validation), _by_name(test)
+        )
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """The split in a JSON file: {"train": [case names], "validation": [...], "test": [...]}.
+
+    Cases that the file leaves out are in no part: a study of fewer cases is a file that names
+    fewer.
+
+    Raises:
+        InputError: When called: no such file, another content, a case that does not exist or that
+            is named twice.
+    """
+
+    path: str | Path
+
+    def __call__(self, cases: Sequence[Case]) -> Split:
+        parts = ("train", "validation", "test")
+        expected = f'expected {{"train": [case names], ...}} with the keys {", ".join(parts)}'
+        try:
+            names = json.loads(Path(self.path).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: {expected}, found: {error}") from error
+        if not (
+            isinstance(names, dict)
+            and set(names) == set(parts)
+            and all(isinstance(part, list) for part in names.values())
+        ):
+            raise InputError(f"{self.path}: {expected}, found other content")
+        by_name = {case.name: case for case in cases}
+        for name, times in Counter(name for part in parts for name in names[part]).items():
+            if name not in by_name:
+                raise InputError(f"{self.path}: there is no case {name!r} among {len(cases)} cases")
+            if times > 1:
+                raise InputError(f"{self.path}: case {name!r} is named {times} times")
+        return Split(*(_by_name([by_name[name] for name in names[part]]) for part in parts))
+
+
+def _by_name(cases: Sequence[Case]) -> list[Case]:
+    return sorted(cases, key=lambda case: case.name)
+
+
+def _strata(cases: list[Case], least: int) -> list[str]:
+    """Grade of each case; a grade with fewer than `least` cases joins the most common one."""
+    counts = Counter(case.grade for case in cases)
+    common = min(counts, key=lambda grade: (-counts[grade], grade))
+    return [case.grade if counts[case.grade] >= least else common for case in cases]

@@ -1,0 +1,212 @@
+"""BraTS challenge folders of every year: file names, grades, labels and regions."""
+
+import csv
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from datamodules.cases import Case, read_volume
+from errors import InputError
+
+# Modality -> endings of its files: until 2021, and since 2023.
+ENDINGS = {
+    "t1": ("_t1", "-t1n"),
+    "t1ce": ("_t1ce", "-t1c"),
+    "t2": ("_t2", "-t2w"),
+    "flair": ("_flair", "-t2f"),
+}
+# "_Segm": the mask of BraTS20_Training_355 was released as W39_1998.09.19_Segm.nii.
+MASK_ENDINGS = ("_seg", "-seg", "_Segm")
+EXPECTED = "expected CASE_t1.nii.gz, CASE_t1ce.nii.gz, ... or CASE-t1n.nii.gz, CASE-t1c.nii.gz, ..."
+
+# Region -> its canonical labels, from the outermost region to the innermost. The first label of a
+# region is the one that no region further in has, so painting it in this order gives a label map.
+REGIONS = {"WT": (2, 1, 4), "TC": (1, 4), "ET": (4,)}
+LABELS = (0, 1, 2, 4)  # background, necrotic and non-enhancing core, oedema, enhancing tumour
+ET = 4
+
+_KIND = {ending: modality for modality, endings in ENDINGS.items() for ending in endings}
+_KIND |= dict.fromkeys(MASK_ENDINGS, "mask")
+_FILE = re.compile(rf"(?P<case>[^.].*)(?P<ending>{'|'.join(_KIND)})\.nii(\.gz)?")
+
+
+class BraTS:
+    """A folder in the layout of any BraTS challenge since 2017, with or without masks.
+
+    Files are found at any depth; a case is what its files are called before the modality, so that
+    one folder may hold one case or many. The grade is the folder HGG or LGG on the way to the
+    file, or the column `Grade` of a `name_mapping*.csv`, where there is either.
+
+    On disk ET is label 4 (2017-2020) or 3 (since 2021). Which one is a property of the data set,
+    not of a case: it is read off the first mask, in the order of names, that has a 3 or a 4.
+
+    Args:
+        root: The folder.
+        modalities: Which of t1, t1ce, t2, flair, in the order of the network's channels.
+        regions: Which of WT, TC, ET, in the order of the network's outputs.
+
+    Raises:
+        InputError: A modality or region that BraTS does not have, or one given twice.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        modalities: Sequence[str] = ("t1", "t1ce", "t2", "flair"),
+        regions: Sequence[str] = ("WT", "TC", "ET"),
+    ) -> None:
+        self.root = Path(root)
+        self.modalities = tuple(modalities)
+        self.regions = tuple(regions)
+        for key, chosen, known in (
+            ("modalities", self.modalities, ENDINGS),
+            ("regions", self.regions, REGIONS),
+        ):
+            if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
+                raise InputError(
+                    f"{key}: expected a choice of {', '.join(known)}, each at most once; "
+                    f"found {', '.join(chosen) or 'none'}"
+                )
+
+    def prepare(self) -> None:
+        """Nothing is missing: the files are the user's."""
+
+    def cases(self) -> list[Case]:
+        """All cases, sorted by name.
+
+        Raises:
+            InputError: No folder, no case, a modality that is missing or there twice, or one case
+                name in two folders.
+        """
+        if not self.root.is_dir():
+            raise InputError(f"{self.root}: no such folder; {EXPECTED}")
+        grades: dict[str, str] = {}
+        files_of: dict[tuple[Path, str], list[tuple[str, Path]]] = defaultdict(list)
+        # os.walk rather than rglob: data sets are often folders of links.
+        for folder, _, names in os.walk(self.root, followlinks=True):
+            for name in sorted(names):
+                if match := _FILE.fullmatch(name):
+                    found = (_KIND[match["ending"]], Path(folder, name))
+                    files_of[Path(folder), match["case"]].append(found)
+                elif re.fullmatch(r"name_mapping.*\.csv", name):
+                    grades |= _read_grades(Path(folder, name))
+        _adopt_misnamed_masks(files_of)
+
+        cases: dict[str, Case] = {}
+        for (folder, name), files in sorted(files_of.items()):
+            if name in cases:
+                other = next(iter(cases[name].images.values())).parent
+                raise InputError(f"{folder}: case {name} is also in {other}; names must be unique")
+            cases[name] = self._case(folder, name, files, grades.get(name, ""))
+        if not cases:
+            raise InputError(f"{self.root}: no case found; {EXPECTED}")
+        return [cases[name] for name in sorted(cases)]
+
+    def _case(self, folder: Path, name: str, files: list[tuple[str, Path]], grade: str) -> Case:
+        paths: dict[str, Path] = {}
+        for kind, path in files:
+            if kind in paths:
+                raise InputError(
+                    f"{folder}: case {name} has its {kind} twice: {paths[kind].name}, {path.name}"
+                )
+            paths[kind] = path
+        for modality in self.modalities:
+            if modality not in paths:
+                patterns = " or ".join(f"{name}{end}.nii[.gz]" for end in ENDINGS[modality])
+                raise InputError(f"{folder}: case {name} has no {modality}; looked for {patterns}")
+        folders = set(folder.relative_to(self.root).parts)
+        return Case(
+            name=name,
+            images={modality: paths[modality] for modality in self.modalities},
+            mask=paths.get("mask"),
+            grade=next((known for known in ("HGG", "LGG") if known in folders), grade),
+        )
+
+    @cached_property
+    def _et_on_disk(self) -> tuple[int, str]:
+        """The label that ET has in the files, and the reason for it."""
+        for case in self.cases():
+            if case.mask is not None:
+                labels, _ = read_volume(case.mask)
+                for value in (4, 3):
+                    if (labels == value).any():
+                        return value, f"ET is {value} as in {case.mask}"
+        return 4, f"ET is taken to be 4, as no mask in {self.root} has a 3 or a 4"
+
+    def canonical_labels(self, labels: np.ndarray, case: Case) -> np.ndarray:
+        """Label map of a mask file (X, Y, Z) as uint8 with 0, 1, 2 and 4 (ET).
+
+        Raises:
+            InputError: A value that the data set's convention does not have.
+        """
+        et, reason = self._et_on_disk
+        on_disk = (0, 1, 2, et)
+        labelled = labels != 0
+        found = labels[labelled]
+        canonical = np.zeros(found.shape, np.uint8)
+        unknown = np.ones(found.shape, bool)
+        for value, label in zip(on_disk, LABELS, strict=True):
+            # Within float error, which scaling in a file's header leaves behind.
+            is_value = np.abs(found - float(value)) < 1e-4
+            canonical[is_value] = label
+            unknown &= ~is_value
+        if unknown.any():
+            raise InputError(
+                f"{case.mask}: found label {found[unknown].min():g}, expected only "
+                f"{', '.join(map(str, on_disk))} ({reason})"
+            )
+        label_map = np.zeros(labels.shape, np.uint8)
+        label_map[labelled] = canonical
+        return label_map
+
+    def to_regions(self, labels: np.ndarray) -> np.ndarray:
+        """Canonical labels (X, Y, Z) as boolean masks (R, X, Y, Z), one per region."""
+        return np.stack([np.isin(labels, REGIONS[region]) for region in self.regions])
+
+    def to_labels(self, regions: np.ndarray) -> np.ndarray:
+        """Boolean masks (R, X, Y, Z) as canonical labels (X, Y, Z), uint8.
+
+        A region counts only where the regions around it are present too: TC within WT, ET within
+        TC. Without the inner regions, all of WT is label 2 and all of TC is label 1.
+        """
+        labels = np.zeros(regions.shape[1:], np.uint8)
+        inside = np.ones(regions.shape[1:], bool)
+        for region, (label, *_) in REGIONS.items():
+            if region in self.regions:
+                inside &= regions[self.regions.index(region)].astype(bool)
+                labels[inside] = label
+        return labels
+
+    def at(self, root: str | Path) -> "BraTS":
+        """BraTS files with the same modalities and regions in another folder."""
+        return BraTS(root, self.modalities, self.regions)
+
+
+def _read_grades(path: Path) -> dict[str, str]:
+    """Case name -> grade. A case has one column per year that it was part of."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return {
+            name: row["Grade"]
+            for row in csv.DictReader(file)
+            for column, name in row.items()
+            if row.get("Grade") and re.fullmatch(r"BraTS_\d{4}_subject_ID", column or "")
+        }
+
+
+def _adopt_misnamed_masks(files_of: dict[tuple[Path, str], list[tuple[str, Path]]]) -> None:
+    """Give a mask that is named after no case to the one case in its folder, if it has none."""
+    names_in: dict[Path, list[str]] = defaultdict(list)
+    for folder, name in files_of:
+        names_in[folder].append(name)
+    for folder, names in names_in.items():
+        lone = [n for n in names if [kind for kind, _ in files_of[folder, n]] == ["mask"]]
+        others = [n for n in names if n not in lone]
+        if len(lone) == len(others) == 1 and not any(
+            kind == "mask" for kind, _ in files_of[folder, others[0]]
+        ):
+            files_of[folder, others[0]] += files_of.pop((folder, lone[0]))

@@ -1,0 +1,1 @@
+"""What is trained: networks, losses, metrics, inference. Start with `segmentation.py`."""

@@ -1,0 +1,181 @@
+"""What a run leaves behind beside its weights: its configuration, rows, slices and pictures."""
+
+import csv
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import WandbLogger
+from torch import Tensor
+
+from lightning_modules.checkpoint import CONFIG_KEY
+from lightning_modules.metrics import RegionMetrics
+from lightning_modules.pictures import busiest_slice, draw_case, plane
+from lightning_modules.segmentation import Batch
+
+
+class SaveConfig(Callback):
+    """Puts the resolved configuration into every checkpoint; `checkpoint.load` reads it."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[CONFIG_KEY] = self.config
+
+
+class SeedEveryStep(Callback):
+    """Seeds the noise of the bottleneck by the step, so that a resumed run repeats it."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        sequence = np.random.SeedSequence([self.seed, trainer.global_step])
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+class LogSlices(Callback):
+    """Logs the slice with most tumour of the first validation cases, with both masks, to W&B."""
+
+    def __init__(self, cases: int = 3, channel: int = -1) -> None:
+        """Take the first `cases` cases, and this channel of their images (the last: FLAIR)."""
+        self.cases = cases
+        self.channel = channel
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Tensor,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx >= self.cases:
+            return
+        for logger in wandb_loggers(trainer):
+            import wandb
+
+            image = as_array(batch["image"][0, self.channel])
+            truth, prediction = as_array(batch["mask"][0]), as_array(outputs[0])
+            position = busiest_slice(truth.any(0), axis=2)
+            names = {0: "background", **dict(enumerate(regions_of(trainer), start=1))}
+            masks = {
+                name: {"mask_data": plane(innermost(regions), 2, position), "class_labels": names}
+                for name, regions in {"truth": truth, "prediction": prediction}.items()
+            }
+            picture = wandb.Image(
+                display_range(plane(image, 2, position)),
+                masks=masks,
+                caption=f"{batch['case'][0]}, axial {position}",
+            )
+            logger.experiment.log(
+                {
+                    f"val/slice/{batch['case'][0]}": picture,
+                    "trainer/global_step": trainer.global_step,
+                }
+            )
+
+
+class CaseTable(Callback):
+    """Writes a row for every test case: its scores as CSV and as a W&B table."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.names: dict[int, str] = {}
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Tensor,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert "index" in batch
+        self.names.update(zip(batch["index"].tolist(), batch["case"], strict=True))
+        metrics = pl_module.get_submodule("metrics.test")
+        assert isinstance(metrics, RegionMetrics)
+        self.rows = metrics.rows()  # the module resets its metrics at the end of the epoch
+        self.columns = ["case", *(f"dice_{region}" for region in metrics.regions)]
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rows = [
+            [self.names[index], *(round(value, 6) for value in scores.tolist())]
+            for index, scores in self.rows.items()
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("w", newline="") as file:
+            csv.writer(file).writerows([self.columns, *rows])
+        partial.replace(self.path)
+        for logger in wandb_loggers(trainer):
+            logger.log_table("test/cases", columns=self.columns, data=rows)
+
+
+class CasePictures(Callback):
+    """Draws every test case, truth and prediction in three planes, to PNG and to W&B."""
+
+    def __init__(self, folder: str | Path, channel: int = -1) -> None:
+        self.folder = Path(folder)
+        self.channel = channel
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Tensor,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        regions = regions_of(trainer)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for item, case in enumerate(batch["case"]):
+            figure = draw_case(
+                as_array(batch["image"][item, self.channel]),
+                dict(zip(regions, as_array(batch["mask"][item]), strict=True)),
+                dict(zip(regions, as_array(outputs[item]), strict=True)),
+                title=case,
+            )
+            path = self.folder / f"{case}.png"
+            figure.savefig(path, dpi=80)
+            for logger in wandb_loggers(trainer):
+                logger.log_image("test/pictures", [str(path)], caption=[case])
+
+
+def wandb_loggers(trainer: pl.Trainer) -> Iterator[WandbLogger]:
+    return (logger for logger in trainer.loggers if isinstance(logger, WandbLogger))
+
+
+def regions_of(trainer: pl.Trainer) -> list[str]:
+    return list(trainer.lightning_module.loss.regions)  # pyright: ignore
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()
+
+
+def innermost(regions: np.ndarray) -> np.ndarray:
+    """Masks (R, X, Y, Z) as one map: 0, or 1 + the last region that a voxel belongs to."""
+    numbers = np.arange(1, len(regions) + 1, dtype=np.uint8)
+    return (regions * numbers[:, None, None, None]).max(0)
+
+
+def display_range(values: np.ndarray) -> np.ndarray:
+    """Intensities as bytes, from the darkest to the 99.5th percentile."""
+    low, high = values.min(), np.percentile(values, 99.5)
+    return (255 * np.clip((values - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)

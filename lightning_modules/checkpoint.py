@@ -1,0 +1,76 @@
+"""A checkpoint is the resolved configuration of its run plus weights; nothing else is needed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from hydra.utils import instantiate
+from pytorch_lightning import LightningModule
+
+from errors import InputError
+
+CONFIG_KEY = "config"
+
+
+class Loaded(NamedTuple):
+    """A module in evaluation mode, and the configuration of the run that trained it."""
+
+    module: LightningModule
+    config: dict[str, Any]
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU, without running code that it contains.
+
+    Raises:
+        InputError: No such file, no checkpoint, or one that this repository has not written.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a readable checkpoint ({reason})") from error
+    if not isinstance(content, dict) or CONFIG_KEY not in content:
+        raise InputError(
+            f"{path}: expected a checkpoint written by train.py, with its configuration in it"
+        )
+    return content
+
+
+def load(path: str | Path) -> Loaded:
+    """Rebuild a module from its checkpoint alone.
+
+    Raises:
+        InputError: As `read`, or weights that do not fit the configuration beside them.
+    """
+    content = read(path)
+    config = content[CONFIG_KEY]
+    module = instantiate(config["module"], _convert_="all")
+    try:
+        module.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: weights of another architecture than its configuration ({reason})"
+        ) from error
+    return Loaded(module.eval(), config)
+
+
+def check_same_network(path: str | Path, model: Mapping[str, Any]) -> None:
+    """Refuse to continue from a checkpoint whose network was built from other values.
+
+    Raises:
+        InputError: Names the first value that differs.
+    """
+    stored = read(path)[CONFIG_KEY]["model"]
+    for key in sorted({*stored, *model}):
+        if stored.get(key) != model.get(key):
+            raise InputError(
+                f"{path}: a checkpoint of another architecture: model.{key} is "
+                f"{stored.get(key)!r} there and {model.get(key)!r} here"
+            )

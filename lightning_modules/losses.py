@@ -1,0 +1,71 @@
+"""The terms of the loss of Frey & Nau 2019, section 2.2.
+
+Every term is computed in float32, whatever the precision of the network: the sums run over
+hundreds of thousands of voxels.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules.networks.aeunet import Latent
+
+
+def soft_dice(logits: Tensor, mask: Tensor, smooth: float = 100.0) -> Tensor:
+    """Soft Dice loss by region (equation 1), mean over the batch.
+
+    Printed as `1 - 2(Σtp + s)/(Σt² + Σp² + s)`, which is -1 where both masks are empty although the
+    text claims the interval [0, 1]; `1 - (2Σtp + s)/(Σt² + Σp² + s)` is in it.
+
+    Args:
+        logits: (B, R, ...), before the sigmoid.
+        mask: (B, R, ...), 0 or 1.
+        smooth: s. A large value lets the network predict a few voxels in a patch without tumour.
+
+    Returns:
+        (R,), in [0, 1].
+    """
+    probability = logits.float().sigmoid().flatten(2)
+    truth = mask.float().flatten(2)
+    overlap = (truth * probability).sum(-1)
+    total = truth.square().sum(-1) + probability.square().sum(-1)
+    return (1 - (2 * overlap + smooth) / (total + smooth)).mean(0)
+
+
+def reconstruction_l2(reconstruction: Tensor, image: Tensor) -> Tensor:
+    """Mean squared error over voxels, channels and batch (equation 2); () from two (B, C, ...)."""
+    return F.mse_loss(reconstruction.float(), image.float())
+
+
+def gaussian_kl(latent: Latent, voxels: int) -> Tensor:
+    """Divergence of the posterior from N(0, 1), mean over the batch (equation 3).
+
+    `Σ(μ² + σ² - log σ² - 1) / N` without the usual ½, N the voxels of the input patch.
+    """
+    mean, log_variance = latent.mean.float(), latent.log_variance.float()
+    divergence = mean.square() + log_variance.exp() - log_variance - 1
+    return divergence.sum(1).mean() / voxels
+
+
+class RegionLoss(nn.Module):
+    """Weighted sum of the soft Dice losses of all regions.
+
+    Args:
+        weights: Weight of each region, in the order of the network's output channels.
+        smooth: s of equation 1.
+    """
+
+    def __init__(self, weights: Mapping[str, float], smooth: float = 100.0) -> None:
+        super().__init__()
+        self.regions = list(weights)
+        self.smooth = smooth
+        self.weights: Tensor
+        self.register_buffer("weights", torch.tensor(list(weights.values())), persistent=False)
+
+    def forward(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """`dice_<region>` for each region, unweighted, and their weighted sum, `loss`."""
+        by_region = soft_dice(logits, mask, self.smooth)
+        terms = dict(zip((f"dice_{region}" for region in self.regions), by_region, strict=True))
+        return {**terms, "loss": (self.weights * by_region).sum()}

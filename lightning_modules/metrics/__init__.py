@@ -1,0 +1,5 @@
+"""Metrics over whole volumes, as torchmetrics `Metric` subclasses."""
+
+from lightning_modules.metrics.regions import RegionMetrics
+
+__all__ = ["RegionMetrics"]

@@ -1,0 +1,65 @@
+"""Overlap of regions, case by case."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def dice(prediction: Tensor, truth: Tensor, outside: Tensor) -> Tensor:
+    """Dice of each region of each case; 1 where truth and prediction are empty (`brats2020`).
+
+    Args:
+        prediction: (B, R, X, Y, Z), bool.
+        truth: (B, R, X, Y, Z), bool.
+        outside: (B, R), true voxels that lie outside the volume; they count as missed.
+
+    Returns:
+        (B, R), float64.
+    """
+    sums = (2, 3, 4)
+    overlap = (prediction & truth).sum(sums).double()
+    total = prediction.sum(sums) + truth.sum(sums) + outside
+    return torch.where(total == 0, 1.0, 2 * overlap / total.clamp(min=1))
+
+
+class RegionMetrics(Metric):
+    """Dice of every case and region, and its mean over the cases.
+
+    Keeps a row per case. Rows are told apart by the index of the case, so that a case that two
+    ranks have both seen counts once.
+    """
+
+    full_state_update = False
+    index: list[Tensor]
+    dice: list[Tensor]
+
+    def __init__(self, regions: Sequence[str]) -> None:
+        super().__init__()
+        self.regions = list(regions)
+        self.add_state("index", default=[], dist_reduce_fx="cat")
+        self.add_state("dice", default=[], dist_reduce_fx="cat")
+
+    def update(self, prediction: Tensor, truth: Tensor, outside: Tensor, index: Tensor) -> None:
+        """Add cases: masks (B, R, X, Y, Z), cut-off voxels (B, R), position in the data set (B,)."""
+        self.index.append(index)
+        # float32 is what every device has; the sums behind it were exact.
+        self.dice.append(dice(prediction, truth, outside).float())
+
+    def compute(self) -> dict[str, Tensor]:
+        """`dice_<region>` and their mean `dice`, each the mean over the cases."""
+        by_case = self.rows()
+        by_region = torch.stack(list(by_case.values())).mean(0)
+        named = {f"dice_{name}": value for name, value in zip(self.regions, by_region, strict=True)}
+        return {**named, "dice": by_region.mean()}
+
+    def rows(self) -> dict[int, Tensor]:
+        """Dice by region (R,) of each case, by its index, in order."""
+        index = _concatenated(self.index).tolist()
+        return dict(sorted(zip(index, _concatenated(self.dice), strict=True)))
+
+
+def _concatenated(state: list[Tensor] | Tensor) -> Tensor:
+    """A list state is a tensor already once torchmetrics has gathered it from all ranks."""
+    return torch.cat(state) if isinstance(state, list) else state

@@ -1,0 +1,221 @@
+"""Autoencoder-regularised 3-D U-Net of Frey & Nau 2019, after Myronenko 2018."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.networks.blocks import (
+    GroupNorm,
+    MakeActivation,
+    MakeDownsampling,
+    MakeNorm,
+    ResidualBlock,
+    StridedConv,
+    Upsample,
+    widths,
+)
+
+# One level more adds a downsampling step and the blocks of the deepest level once again.
+BLOCKS_PER_LEVEL = (1, 2, 2, 4, 4, 4)
+
+# exp(±10) is far outside what a latent needs and far inside what float32 holds; without the bound
+# the variance ran away within a few steps at a learning rate of 1e-3 and ended in NaN.
+LOG_VARIANCE_BOUND = 10.0
+
+
+class Latent(NamedTuple):
+    """Gaussian posterior of the bottleneck, both (B, bottleneck), float32."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+
+class AEUNetOutput(NamedTuple):
+    """What training needs; see `AEUNet.segment` for inference.
+
+    Attributes:
+        logits: (B, R, X, Y, Z), one channel a region.
+        reconstruction: (B, C, X, Y, Z), the input as the autoencoder sees it.
+        latent: Posterior from which the reconstruction was sampled.
+    """
+
+    logits: Tensor
+    reconstruction: Tensor
+    latent: Latent
+
+
+class Encoder(nn.Module):
+    """Input convolution, then residual blocks with downsampling between the levels."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        filters: Sequence[int],
+        norm: MakeNorm,
+        activation: MakeActivation,
+        downsampling: MakeDownsampling,
+    ) -> None:
+        super().__init__()
+        down = [nn.Conv3d(in_channels, filters[0], 3, padding=1, bias=False)]
+        down += [downsampling(*pair) for pair in zip(filters[:-1], filters[1:], strict=True)]
+        self.down = nn.ModuleList(down)
+        self.levels = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(width, norm, activation) for _ in range(blocks)))
+            for width, blocks in zip(filters, BLOCKS_PER_LEVEL, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Features of every level, fine to coarse."""
+        features = []
+        for down, level in zip(self.down, self.levels, strict=True):
+            x = level(down(x))
+            features.append(x)
+        return features
+
+
+class Decoder(nn.Module):
+    """From the coarsest level back to the input's grid; skips are added where they are given."""
+
+    def __init__(
+        self,
+        filters: Sequence[int],
+        out_channels: int,
+        norm: MakeNorm,
+        activation: MakeActivation,
+    ) -> None:
+        super().__init__()
+        coarse_to_fine = list(filters)[::-1]
+        self.up = nn.ModuleList(
+            Upsample(*pair) for pair in zip(coarse_to_fine[:-1], coarse_to_fine[1:], strict=True)
+        )
+        self.levels = nn.ModuleList(
+            ResidualBlock(width, norm, activation) for width in coarse_to_fine[1:]
+        )
+        self.head = nn.Sequential(
+            norm(filters[0]), activation(), nn.Conv3d(filters[0], out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, sizes: Sequence[torch.Size], skips: Sequence[Tensor]) -> Tensor:
+        """Decode `x` over grids of `sizes` (coarse to fine), adding `skips` (as many, or none)."""
+        for index, (up, level) in enumerate(zip(self.up, self.levels, strict=True)):
+            x = up(x, sizes[index])
+            x = level(x + skips[index] if skips else x)
+        return self.head(x)
+
+
+class Bottleneck(nn.Module):
+    """The variational bottleneck: features to a Gaussian and a sample back to features.
+
+    Strided convolution to 16 channels, dense to means and log-variances, sample, dense, 1³
+    convolution and trilinear upsampling (Myronenko 2018, table 2: VD, VDraw, VU).
+    """
+
+    CHANNELS = 16
+
+    def __init__(
+        self,
+        channels: int,
+        size: Sequence[int],
+        bottleneck: int,
+        norm: MakeNorm,
+        activation: MakeActivation,
+    ) -> None:
+        super().__init__()
+        self.reduced_shape = (self.CHANNELS, *(math.ceil(s / 2) for s in size))
+        units = math.prod(self.reduced_shape)
+        self.reduce = nn.Sequential(
+            norm(channels), activation(), StridedConv(channels, self.CHANNELS), nn.Flatten()
+        )
+        self.posterior = nn.Linear(units, 2 * bottleneck)
+        self.expand = nn.Linear(bottleneck, units)
+        self.activation = activation()
+        self.up = Upsample(self.CHANNELS, channels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Latent]:
+        reduced = self.reduce(x)
+        # Exponentials and their sums overflow in half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            mean, log_variance = self.posterior(reduced.float()).chunk(2, dim=1)
+            # Smooth, so that a variance at the bound still has a gradient that leads back.
+            log_variance = LOG_VARIANCE_BOUND * torch.tanh(log_variance / LOG_VARIANCE_BOUND)
+            sample = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+            expanded = self.activation(self.expand(sample))
+        features = self.up(expanded.view(-1, *self.reduced_shape), x.shape[2:])
+        return features, Latent(mean, log_variance)
+
+
+class AEUNet(nn.Module):
+    """U-Net whose encoder also has to reconstruct its input (section 2.1, figure 1).
+
+    Encoder: residual blocks, 1, 2, 2, 4 a level. Segmentation decoder: skips by addition, logits
+    for every region. Autoencoder branch: its own decoder without skips, from a variational
+    bottleneck. The branch is part of `forward`, which training uses, and no part of `segment`.
+
+    Args:
+        in_channels: Modalities (and further inputs) stacked as channels.
+        out_channels: Regions; they may overlap, so each has its own sigmoid.
+        patch_size: Side of the training patches in voxels, one number or three. Fixes the dense
+            layers of the bottleneck; `segment` takes any size that the depth divides.
+        filters: Filters of the finest level.
+        ratio: Filters of a level over those of the next finer one; need not be an integer.
+        depth: Levels, hence depth - 1 downsampling steps.
+        bottleneck: Means (and as many log-variances) of the autoencoder.
+        norm: Makes the normalisation of so many channels.
+        activation: Makes the nonlinearity.
+        downsampling: Makes the step from one level to the next coarser one.
+
+    Raises:
+        ValueError: The patch size is no multiple of 2^(depth - 1), or the depth is out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 3,
+        patch_size: int | Sequence[int] = 80,
+        filters: int = 32,
+        ratio: float = 2,
+        depth: int = 4,
+        bottleneck: int = 128,
+        norm: MakeNorm = GroupNorm,
+        activation: MakeActivation = partial(nn.LeakyReLU, inplace=True),
+        downsampling: MakeDownsampling = StridedConv,
+    ) -> None:
+        super().__init__()
+        if not 2 <= depth <= len(BLOCKS_PER_LEVEL):
+            raise ValueError(f"depth: expected 2 to {len(BLOCKS_PER_LEVEL)} levels, got {depth}")
+        size = (patch_size,) * 3 if isinstance(patch_size, int) else tuple(patch_size)
+        self.divisor = 2 ** (depth - 1)
+        if any(side % self.divisor for side in size):
+            raise ValueError(
+                f"patch_size: {'x'.join(map(str, size))} is not divisible by {self.divisor}, "
+                f"as {depth} levels need"
+            )
+        self.widths = widths(filters, ratio, depth)
+        self.encoder = Encoder(in_channels, self.widths, norm, activation, downsampling)
+        self.decoder = Decoder(self.widths, out_channels, norm, activation)
+        coarsest = [side // self.divisor for side in size]
+        self.bottleneck = Bottleneck(self.widths[-1], coarsest, bottleneck, norm, activation)
+        self.autoencoder = Decoder(self.widths, in_channels, norm, activation)
+
+    def forward(self, x: Tensor) -> AEUNetOutput:
+        """Segment and reconstruct a batch of training patches (B, C, X, Y, Z)."""
+        *skips, coarsest = self.encoder(x)
+        skips.reverse()
+        sizes = [skip.shape[2:] for skip in skips]
+        features, latent = self.bottleneck(coarsest)
+        return AEUNetOutput(
+            logits=self.decoder(coarsest, sizes, skips),
+            reconstruction=self.autoencoder(features, sizes, skips=()),
+            latent=latent,
+        )
+
+    def segment(self, x: Tensor) -> Tensor:
+        """Logits (B, R, X, Y, Z) without the autoencoder, for sizes that the depth divides."""
+        *skips, coarsest = self.encoder(x)
+        skips.reverse()
+        return self.decoder(coarsest, [skip.shape[2:] for skip in skips], skips)

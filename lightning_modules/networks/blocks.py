@@ -1,0 +1,86 @@
+"""The parts that networks are built of, and the choices that sweeps make between them.
+
+A choice is a constructor: `norm(channels)`, `activation()`, `downsampling(in_channels,
+out_channels)`. Networks call them and never ask which one they were given.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MakeNorm = Callable[[int], nn.Module]
+MakeActivation = Callable[[], nn.Module]
+MakeDownsampling = Callable[[int, int], nn.Module]
+
+
+def widths(base: int, ratio: float, depth: int) -> list[int]:
+    """Filters of each level, `base * ratio**level` rounded to a multiple of 8.
+
+    Group norm with 8 groups asks for multiples of 8; rounding all ablations alike keeps the ratio
+    of widths, and not the norm, the only thing that a sweep over `ratio` changes.
+
+    >>> widths(8, 1.5, 4)
+    [8, 16, 16, 24]
+    """
+    return [max(8, 8 * int(base * ratio**level / 8 + 0.5)) for level in range(depth)]
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` that is called like every other norm: with the channels alone."""
+
+    def __init__(self, channels: int, groups: int = 8) -> None:
+        super().__init__(groups, channels)
+
+
+class StridedConv(nn.Conv3d):
+    """Downsampling by a 3³ convolution of stride 2 (the paper's choice)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
+
+
+class PooledConv(nn.Sequential):
+    """Downsampling by pooling, then a 3³ convolution on the coarse grid.
+
+    As many parameters and operations as `StridedConv`, so that a sweep compares ways to
+    downsample and not budgets.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, pool: Callable[..., nn.Module] = nn.MaxPool3d
+    ) -> None:
+        super().__init__(
+            # Half of an odd size is rounded up, as by the strided convolution.
+            pool(2, ceil_mode=True),
+            nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False),
+        )
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block (He et al. 2016): norm, activation, 3³ conv, twice."""
+
+    def __init__(self, channels: int, norm: MakeNorm, activation: MakeActivation) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            norm(channels),
+            activation(),
+            nn.Conv3d(channels, channels, 3, padding=1, bias=False),
+            norm(channels),
+            activation(),
+            nn.Conv3d(channels, channels, 3, padding=1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Upsample(nn.Module):
+    """A 1³ convolution, then trilinear interpolation to the size of the finer level."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        return F.interpolate(self.conv(x), size, mode="trilinear", align_corners=False)

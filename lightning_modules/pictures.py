@@ -1,0 +1,75 @@
+"""Slices that show where a tumour is, and where a network sees it."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
+
+# Painted in this order, so that regions within regions stay visible.
+REGION_COLOURS = ("#2a9d8f", "#e9c46a", "#e63946", "#457b9d", "#9b5de5")
+
+
+def busiest_slice(mask: np.ndarray, axis: int) -> int:
+    """Position along `axis` with most true voxels of (X, Y, Z); the middle where there are none."""
+    areas = mask.sum(axis=tuple(other for other in range(3) if other != axis))
+    return int(areas.argmax()) if areas.any() else mask.shape[axis] // 2
+
+
+def plane(volume: np.ndarray, axis: int, position: int) -> np.ndarray:
+    """A slice of (X, Y, Z) RAS as it is looked at: superior or anterior up, right on the right."""
+    return np.rot90(volume.take(position, axis))
+
+
+def draw_case(
+    image: np.ndarray,
+    truth: Mapping[str, np.ndarray],
+    prediction: Mapping[str, np.ndarray],
+    title: str,
+) -> "Figure":
+    """Truth (upper row) and prediction (lower row) over the scan, in three planes.
+
+    Args:
+        image: (X, Y, Z) in RAS order, one modality.
+        truth: Mask (X, Y, Z) by region, outer regions first.
+        prediction: Likewise.
+        title: What is shown: the case, its modality, its scores.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    outermost = next(iter(truth.values()))
+    shown = outermost if outermost.any() else next(iter(prediction.values()))
+    brain = image[image != 0]
+    low, high = np.percentile(brain, (1, 99.5)) if brain.size else (0, 1)
+    figure = Figure(figsize=(10.5, 7.4), facecolor="black", layout="constrained")
+    axes = figure.subplots(2, 3)
+    for row, (name, regions) in zip(
+        axes, {"truth": truth, "prediction": prediction}.items(), strict=True
+    ):
+        for ax, (label, axis) in zip(row, PLANES.items(), strict=True):
+            position = busiest_slice(shown, axis)
+            ax.imshow(plane(image, axis, position), cmap="gray", vmin=low, vmax=high)
+            for mask, colour in zip(regions.values(), REGION_COLOURS, strict=False):
+                area = plane(mask, axis, position)
+                if area.any():
+                    ax.contourf(area, levels=[0.5, 1.5], colors=[colour], alpha=0.35)
+                    ax.contour(area, levels=[0.5], colors=[colour], linewidths=1.2)
+            ax.set_title(f"{name}, {label} {position}", color="white", fontsize=9)
+            ax.set_axis_off()
+    figure.suptitle(title, color="white", fontsize=11)
+    figure.legend(
+        handles=[
+            Patch(color=colour, label=region)
+            for region, colour in zip(truth, REGION_COLOURS, strict=False)
+        ],
+        loc="outside lower center",
+        ncols=len(truth),
+        frameon=False,
+        labelcolor="white",
+    )
+    return figure

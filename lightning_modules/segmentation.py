@@ -1,0 +1,181 @@
+"""Training on patches, scoring on whole volumes."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NotRequired, Protocol, TypedDict
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_modules.inference import SlidingWindow
+from lightning_modules.losses import RegionLoss, gaussian_kl, reconstruction_l2
+from lightning_modules.metrics import RegionMetrics
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+
+
+class Batch(TypedDict):
+    """What the data module serves; `outside` and `index` with whole volumes only."""
+
+    image: Tensor  # (B, C, X, Y, Z)
+    mask: Tensor  # (B, R, X, Y, Z), bool
+    case: list[str]
+    outside: NotRequired[Tensor]  # (B, R), true voxels that the crop has cut off
+    index: NotRequired[Tensor]  # (B,), position in the data set
+
+
+class SegmentationNetwork(Protocol):
+    """Anything with `segment`; `forward` may return more than logits, for training."""
+
+    def __call__(self, x: Tensor) -> Any: ...  # noqa: ANN401  (a named tuple of the network's own)
+
+    def segment(self, x: Tensor) -> Tensor:
+        """Logits (B, R, X, Y, Z) of an image (B, C, X, Y, Z)."""
+        ...
+
+
+class SegmentationModule(pl.LightningModule):
+    """Fits a network to patches; validates and tests it on whole volumes.
+
+    Args:
+        network: Its `segment` gives logits.
+        loss: Sum over the regions.
+        optimizer: Makes the optimizer of the parameters.
+        scheduler: Makes the schedule of the optimizer; one step an epoch.
+        inference: Whole volumes from patches.
+        threshold: Probability above which a voxel belongs to a region.
+        channels_last: Memory layout of network and images. On CPUs, 3-D convolutions of few
+            channels take half the time with channels last.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: RegionLoss,
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler,
+        inference: SlidingWindow,
+        threshold: float = 0.5,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
+        self.network: Any = network.to(memory_format=self.memory_format)
+        self.loss = loss
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.inference = inference
+        self.threshold = threshold
+        self.metrics = nn.ModuleDict(
+            {"val": RegionMetrics(loss.regions), "test": RegionMetrics(loss.regions)}
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Probabilities (B, R, X, Y, Z) of whole volumes (B, C, X, Y, Z)."""
+        return self.logits(image).sigmoid()
+
+    def logits(self, image: Tensor) -> Tensor:
+        return self.inference(image, lambda window: self.network.segment(self.arranged(window)))
+
+    def arranged(self, image: Tensor) -> Tensor:
+        return image.contiguous(memory_format=self.memory_format)
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """All terms of the loss of a training batch by name; `loss` is what is minimised."""
+        output = self.network(self.arranged(batch["image"]))
+        return self.loss(output.logits, batch["mask"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        terms = self.terms(batch)
+        self.stop_unless_finite(terms, batch)
+        self.log_dict(
+            {f"train/{name}": value for name, value in terms.items()},
+            batch_size=len(batch["image"]),
+            on_step=True,
+            on_epoch=True,
+        )
+        return terms["loss"]
+
+    def stop_unless_finite(self, terms: dict[str, Tensor], batch: Batch) -> None:
+        finite = torch.stack([term.detach().isfinite() for term in terms.values()])
+        if not finite.all():
+            names = [name for name, ok in zip(terms, finite.tolist(), strict=True) if not ok]
+            raise FloatingPointError(
+                f"{', '.join(names)} not finite at step {self.global_step} "
+                f"(epoch {self.current_epoch}), cases {', '.join(batch['case'])}: lower "
+                "optimizer.lr or look at these images"
+            )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.score(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.score(batch, "test")
+
+    def score(self, batch: Batch, stage: str) -> Tensor:
+        """Score whole volumes; returns the predicted masks (B, R, X, Y, Z), for callbacks."""
+        assert "outside" in batch and "index" in batch
+        logits = self.logits(batch["image"])
+        loss = self.loss(logits, batch["mask"])["loss"]
+        self.log(f"{stage}/loss", loss, batch_size=len(batch["image"]), sync_dist=True)
+        prediction = logits.sigmoid() > self.threshold
+        self.metrics[stage].update(prediction, batch["mask"], batch["outside"], batch["index"])
+        return prediction
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_metrics("test")
+
+    def log_metrics(self, stage: str) -> None:
+        metrics = self.metrics[stage]
+        assert isinstance(metrics, RegionMetrics)
+        values = metrics.compute()
+        metrics.reset()
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of eight types)
+        optimizer = self.optimizer(self.network.parameters())
+        schedule = {"scheduler": self.scheduler(optimizer), "interval": "epoch"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class AutoencoderModule(SegmentationModule):
+    """Adds reconstruction and divergence (equation 4) to the loss in training.
+
+    Validation has the terms of the regions alone: it runs on whole volumes, where there is no
+    autoencoder.
+
+    Args:
+        l2_weight: Weight of the mean squared reconstruction error.
+        kl_weight: Weight of the divergence of the bottleneck.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: RegionLoss,
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler,
+        inference: SlidingWindow,
+        threshold: float = 0.5,
+        channels_last: bool = True,
+        l2_weight: float = 0.1,
+        kl_weight: float = 0.1,
+    ) -> None:
+        super().__init__(network, loss, optimizer, scheduler, inference, threshold, channels_last)
+        self.l2_weight = l2_weight
+        self.kl_weight = kl_weight
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        image = batch["image"]
+        output = self.network(self.arranged(image))
+        terms = self.loss(output.logits, batch["mask"])
+        l2 = reconstruction_l2(output.reconstruction, image)
+        kl = gaussian_kl(output.latent, voxels=image[0, 0].numel())
+        loss = terms["loss"] + self.l2_weight * l2 + self.kl_weight * kl
+        return {**terms, "l2": l2, "kl": kl, "loss": loss}

@@ -1,0 +1,153 @@
+"""Train one configuration and test it on whole volumes; `-m` sweeps. See conf/config.yaml.
+
+Networks, data and Lightning are imported when a run starts, not before: `--help`, `--cfg job` and
+a typo answer at once.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from errors import InputError
+
+# What does not change the result of a run: where it is written, how it is reported.
+NOT_PART_OF_A_RUN = {"hydra", "logger", "run_dir", "choices", "resume", "again", "objective"}
+# They refer to the run's folder, which is what is being named; whatever else they refer to is part
+# of the name by itself.
+NOT_RESOLVED = {"callbacks", "trainer"}
+
+
+def run_id(*, _root_: DictConfig) -> str:
+    """Name of a run: its main choices and a hash of its whole configuration.
+
+    The same question has the same folder, however it was typed.
+    """
+    body: dict[str, Any] = {}
+    for key in sorted(set(map(str, _root_)) - NOT_PART_OF_A_RUN):
+        node = _root_._get_node(key)
+        is_tree = OmegaConf.is_config(node)
+        body[key] = (
+            OmegaConf.to_container(node, resolve=key not in NOT_RESOLVED) if is_tree else _root_[key]
+        )
+    del body["data"]["num_workers"]  # changes no patch
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:8]
+    choices = _root_.hydra.runtime.choices
+    return f"{choices.model}-{choices.norm}-s{_root_.seed}-{digest}"
+
+
+OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+OmegaConf.register_new_resolver("len", len, replace=True)
+OmegaConf.register_new_resolver("basename", os.path.basename, replace=True)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config: DictConfig) -> float:
+    try:
+        return train(config)
+    except (InputError, FloatingPointError) as error:
+        reason = error
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        reason = error.__cause__
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise reason  # Hydra goes on with the other jobs
+    logging.error(reason)
+    raise SystemExit(1)
+
+
+def train(config: DictConfig) -> float:
+    """Run what `config` describes, or read what came out of it before; returns the objective."""
+    from lightning_modules.results import Results, is_finished, show
+
+    folder = Path(config.run_dir)
+    if is_finished(folder) and not config.again:
+        results = Results.read(folder)
+        logging.info("finished before; again=true trains it again")
+    else:
+        results = run(config, folder)
+        results.write(folder)
+    show(results, folder)
+    return results.metrics[config.objective]
+
+
+def run(config: DictConfig, folder: Path):  # noqa: ANN201  (Results is imported late)
+    """Build, fit and test."""
+    import pytorch_lightning as pl
+    import wandb
+
+    from lightning_modules.callbacks import SaveConfig
+    from lightning_modules.checkpoint import check_same_network
+    from lightning_modules.results import (
+        Results,
+        Stopwatch,
+        device_name,
+        peak_memory_mib,
+        trainable_parameters,
+    )
+
+    keep_wandb_at_home(folder)
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    pl.seed_everything(config.seed, workers=True)
+    build = partial(instantiate, _convert_="all")  # plain lists and dicts from here on
+    module, datamodule, trainer = build(config.module), build(config.data), build(config.trainer)
+    plain = OmegaConf.to_container(config, resolve=True)
+    trainer.callbacks.append(SaveConfig(plain))
+
+    last = folder / "last.ckpt"
+    resume = config.resume or (last if last.is_file() and not config.again else None)
+    if resume is not None:
+        check_same_network(resume, plain["model"])
+    watch = Stopwatch()
+    exit_code = 1
+    try:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(plain)
+        with watch("fit"):
+            trainer.fit(module, datamodule, ckpt_path=resume)
+        epochs = trainer.current_epoch
+        metrics = dict(trainer.callback_metrics)
+        with watch("test"):
+            trainer.test(module, datamodule, ckpt_path=folder / "best.ckpt", verbose=False)
+        metrics |= trainer.callback_metrics
+        exit_code = 0
+    finally:
+        wandb.finish(exit_code=exit_code)  # else the next job of a sweep logs into it
+    return Results(
+        run=folder.name,
+        choices=dict(config.choices),
+        metrics={name: float(value) for name, value in metrics.items()},
+        parameters=trainable_parameters(module.network),
+        epochs=epochs,
+        checkpoint="best.ckpt",
+        fit_s=watch.seconds["fit"],
+        test_s=watch.seconds["test"],
+        peak_memory_mib=peak_memory_mib(),
+        device=device_name(),
+    )
+
+
+def keep_wandb_at_home(folder: Path) -> None:
+    """Stage artifacts in the run's folder, and send no usage reports; the user's word goes first."""
+    for variable, value in {
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_DATA_DIR": str(folder / "wandb"),
+        "WANDB_CACHE_DIR": str(folder / "wandb"),
+    }.items():
+        os.environ.setdefault(variable, value)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,20 +52,28 @@ OmegaConf.register_new_resolver("len", len, replace=True)
 OmegaConf.register_new_resolver("basename", os.path.basename, replace=True)
 
 
+USER_ERRORS = (InputError, FloatingPointError, InstantiationException)
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float:
     try:
         return train(config)
-    except (InputError, FloatingPointError) as error:
-        reason = error
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, ValueError):
+    except USER_ERRORS as error:
+        # In a sweep, Hydra keeps the error for the end and goes on with the other jobs.
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise
-        reason = error.__cause__
-    if HydraConfig.get().mode is RunMode.MULTIRUN:
-        raise reason  # Hydra goes on with the other jobs
-    logging.error(reason)
-    raise SystemExit(1)
+        logging.error(one_line(error))
+        raise SystemExit(1) from None
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of the user's; Hydra wraps those of constructors."""
+    if isinstance(error, InstantiationException):
+        if not isinstance(error.__cause__, ValueError):
+            raise error
+        return str(error.__cause__)
+    return str(error)
 
 
 def train(config: DictConfig) -> float:

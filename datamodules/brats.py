@@ -61,8 +61,8 @@ class BraTS:
         regions: Sequence[str] = ("WT", "TC", "ET"),
     ) -> None:
         self.root = Path(root)
-        self.modalities = tuple(modalities)
-        self.regions = tuple(regions)
+        self.modalities: Sequence[str] = tuple(modalities)
+        self.regions: Sequence[str] = tuple(regions)
         for key, chosen, known in (
             ("modalities", self.modalities, ENDINGS),
             ("regions", self.regions, REGIONS),
@@ -134,7 +134,7 @@ class BraTS:
             if case.mask is not None:
                 labels, _ = read_volume(case.mask)
                 for value in (4, 3):
-                    if (labels == value).any():
+                    if _are(labels, value).any():
                         return value, f"ET is {value} as in {case.mask}"
         return 4, f"ET is taken to be 4, as no mask in {self.root} has a 3 or a 4"
 
@@ -151,8 +151,7 @@ class BraTS:
         canonical = np.zeros(found.shape, np.uint8)
         unknown = np.ones(found.shape, bool)
         for value, label in zip(on_disk, LABELS, strict=True):
-            # Within float error, which scaling in a file's header leaves behind.
-            is_value = np.abs(found - float(value)) < 1e-4
+            is_value = _are(found, value)
             canonical[is_value] = label
             unknown &= ~is_value
         if unknown.any():
@@ -185,6 +184,11 @@ class BraTS:
     def at(self, root: str | Path) -> "BraTS":
         """BraTS files with the same modalities and regions in another folder."""
         return BraTS(root, self.modalities, self.regions)
+
+
+def _are(labels: np.ndarray, value: int) -> np.ndarray:
+    """Which labels are a value, within the float error that scaling in a header leaves."""
+    return np.abs(labels - float(value)) < 1e-4
 
 
 def _read_grades(path: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import ndimage
 
-from datamodules.cases import Case, DataSet, read_volume
+from datamodules.cases import Case, DataSet, open_volume, read_volume
 from errors import InputError
 
 VERSION = 1  # of what `Preprocessing` computes and `Cache` writes: raise it when either changes
@@ -102,10 +102,10 @@ class Preprocessing:
 
         start, shape = self._box(np.logical_or.reduce(foregrounds), case)
         image = np.zeros((len(images), *shape), np.float16)
-        for channel, (path, voxels, foreground) in enumerate(
-            zip(case.images.values(), images, foregrounds, strict=True)
+        for channel, (modality, voxels, foreground) in enumerate(
+            zip(data_set.modalities, images, foregrounds, strict=True)
         ):
-            mean, deviation = _moments(voxels[foreground], path)
+            mean, deviation = _moments(voxels[foreground], case.images[modality])
             z_scores = (_cut(voxels, start, shape) - mean) / deviation
             image[channel] = np.where(_cut(foreground, start, shape), z_scores, 0)
         inside = _cut(labels, start, shape)
@@ -144,15 +144,12 @@ def restore(array: np.ndarray, affine: np.ndarray, reference: Path) -> np.ndarra
     Returns:
         (R, X, Y, Z) float32 in the orientation and shape of `reference`; 0 outside the crop.
     """
-    import nibabel as nib
-    from nibabel.spatialimages import SpatialImage
-
-    original = nib.load(reference)
-    assert isinstance(original, SpatialImage) and original.affine is not None  # read before
-    shape, target = original.shape[:3], original.affine
+    original = open_volume(reference)
+    shape, target = original.shape[:3], np.asarray(original.affine)
     to_array = np.linalg.inv(affine) @ target  # voxel of the original -> voxel of the array
     whole = np.round(to_array)
-    if np.abs(_corners(shape) @ (to_array - whole).T).max() >= SAME_GRID_VOXELS:
+    shift_voxels = np.abs(_corners(shape) @ (to_array - whole).T).max()
+    if shift_voxels >= SAME_GRID_VOXELS or round(abs(np.linalg.det(whole))) != 1:
         return _resample(array, affine, (shape, target))
 
     # The same voxels in another order: copied, not interpolated.
@@ -224,11 +221,13 @@ def _foreground(image: np.ndarray) -> np.ndarray:
     """
     values, counts = np.unique(_faces(image), return_counts=True)
     foreground = image != values[counts.argmax()]
-    low, high = _bounding_box(foreground)
-    box = tuple(map(slice, low, high))
+    if not foreground.any():
+        return foreground
+    box = tuple(map(slice, *_bounding_box(foreground)))
     # ndimage.binary_fill_holes in a third of its time: what does not reach the box's border.
-    pieces, count = ndimage.label(~foreground[box])
-    is_open = np.zeros(count + 1, bool)
+    pieces = np.zeros(foreground[box].shape, np.int32)
+    ndimage.label(~foreground[box], output=pieces)
+    is_open = np.zeros(pieces.max() + 1, bool)
     is_open[_faces(pieces)] = True
     is_open[0] = False  # the foreground itself
     foreground[box] = ~is_open[pieces]
@@ -268,9 +267,9 @@ def _isotropic_grid(shape: tuple[int, ...], affine: np.ndarray, spacing_mm: floa
 
 
 def _resample(
-    array: np.ndarray, affine: np.ndarray, grid: Grid, antialias: bool = True
+    channels: Iterable[np.ndarray], affine: np.ndarray, grid: Grid, antialias: bool = True
 ) -> np.ndarray:
-    """Channels (C, X, Y, Z) on another grid, linearly, as float32; 0 outside.
+    """Volumes (X, Y, Z) on another grid, linearly: (C, X, Y, Z) float32, 0 outside.
 
     On a coarser grid, linear interpolation looks at 8 voxels and drops the rest; `antialias`
     smooths with a Gaussian first.
@@ -280,22 +279,22 @@ def _resample(
     from torchio.transforms import Resample
 
     shape, target = grid
-    # Zeros add nothing, so only the box of the rest is worth the time, with a margin of more than
-    # the Gaussian's reach.
     zoom = _spacing_mm(target).max() / _spacing_mm(affine)
-    margin = np.ceil(2 * zoom).astype(int) + 1
-    low, high = _bounding_box(np.logical_or.reduce(array))
-    low, high = np.maximum(low - margin, 0), np.minimum(high + margin, array.shape[1:])
-    offset = np.eye(4)
-    offset[:3, 3] = low
-    antialias = antialias and (zoom > 1.01).any() and (high - low >= 4).all()  # ITK needs 4 voxels
-    transform = Resample((shape, target), antialias=antialias, copy=False)
-    resampled = np.empty((len(array), *shape), np.float32)
-    for source, result in zip(array, resampled, strict=True):  # faster than ITK's vector images
-        voxels = source[tuple(map(slice, low, high))].astype(np.float32, order="C")
-        image = ScalarImage(tensor=torch.from_numpy(voxels)[None], affine=affine @ offset)
-        result[:] = transform(image).numpy()[0]
-    return resampled
+    resampled = []
+    for voxels in channels:  # one by one: ITK is slower with vector images
+        # Zeros add nothing, so only the box of the rest is worth the time, with a margin that
+        # the Gaussian, of a standard deviation below zoom / 2, does not leave.
+        low, high = _bounding_box(voxels != 0)
+        low = np.maximum(low - np.ceil(2 * zoom).astype(int) - 1, 0)
+        high = np.minimum(high + np.ceil(2 * zoom).astype(int) + 1, voxels.shape)
+        source = np.ascontiguousarray(voxels[tuple(map(slice, low, high))], np.float32)
+        offset = np.eye(4)
+        offset[:3, 3] = low
+        image = ScalarImage(tensor=torch.from_numpy(source)[None], affine=affine @ offset)
+        smooth = antialias and (zoom > 1.01).any() and min(source.shape) >= 4  # ITK's minimum
+        transform = Resample((shape, target), antialias=bool(smooth), copy=False)
+        resampled.append(transform(image).numpy()[0])
+    return np.stack(resampled)
 
 
 def _resample_image(
@@ -306,7 +305,7 @@ def _resample_image(
     Averaged over the foreground only: the brain's rim does not fade into the background, whatever
     value that has.
     """
-    weighted, weight = _resample(np.stack([image * foreground, foreground]), affine, grid)
+    weighted, weight = _resample([image * foreground, foreground], affine, grid)
     resampled_foreground = weight >= 0.5
     return weighted / np.where(resampled_foreground, weight, 1), resampled_foreground
 
@@ -320,7 +319,7 @@ def _resample_labels(labels: np.ndarray, affine: np.ndarray, grid: Grid) -> np.n
     values = np.unique(labels[labels > 0])[::-1]
     if values.size == 0:
         return np.zeros(grid[0], np.uint8)
-    one_hot = np.stack([labels == value for value in values])
+    one_hot = (labels == value for value in values)
     shares = _resample(one_hot, affine, grid, antialias=False)
     is_labelled = shares.max(axis=0) >= 1 - shares.sum(axis=0) - 1e-4
     return np.where(is_labelled, values[shares.argmax(axis=0)], 0).astype(np.uint8)

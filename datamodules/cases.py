@@ -1,17 +1,22 @@
 """What every data set consists of: cases, how their files are read, and how they are split."""
 
 import json
+import os
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from errors import InputError
+
+if TYPE_CHECKING:
+    from nibabel.spatialimages import SpatialImage
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,48 @@ class DataSet(Protocol):
         ...
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file comes out as one InputError that names it."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        yield
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        TypeError,
+        ValueError,
+        ImageFileError,
+        HeaderDataError,
+    ) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: expected a readable NIfTI file, found: {reason}") from error
+
+
+def open_volume(path: Path) -> "SpatialImage":
+    """The header of one image or mask; its voxels are not read yet.
+
+    Raises:
+        InputError: Not a readable file; not one volume; axes that are not orthogonal.
+    """
+    import nibabel as nib
+    from nibabel.spatialimages import SpatialImage
+
+    with _readable(path):
+        image = nib.load(path)
+        if not isinstance(image, SpatialImage):
+            raise ValueError(type(image).__name__)
+        if len(image.shape) < 3 or any(size != 1 for size in image.shape[3:]):
+            raise InputError(f"{path}: expected one 3-D volume, found shape {image.shape}")
+        _check_axes(image.affine, path)
+        return image
+
+
 def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """One image or mask, its axes in RAS order by its affine.
 
@@ -73,44 +120,50 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
         Voxels (X, Y, Z) as float32, scaled as the header says; affine (4, 4), voxel to mm, RAS.
 
     Raises:
-        InputError: Not a whole, readable file; not one volume; voxels that are NaN or infinite;
-            axes that are not orthogonal.
+        InputError: As `open_volume`; a truncated file; voxels that are NaN or infinite.
     """
     import nibabel as nib
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError, SpatialImage
 
-    try:
-        image = nib.load(path)
-        if not isinstance(image, SpatialImage) or image.affine is None:
-            raise ImageFileError(f"a {type(image).__name__}")
-        if len(image.shape) < 3 or any(size != 1 for size in image.shape[3:]):
-            raise InputError(f"{path}: expected one 3-D volume, found shape {image.shape}")
-        _check_axes(image.affine, path)
+    image = open_volume(path)
+    with _readable(path):
         image = nib.as_closest_canonical(image)
         voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except InputError:
-        raise
-    except (OSError, EOFError, zlib.error, ValueError, ImageFileError, HeaderDataError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: expected a readable NIfTI file, found: {reason}") from error
     voxels = voxels.reshape(voxels.shape[:3])
     if bad := voxels.size - np.count_nonzero(np.isfinite(voxels)):
         raise InputError(f"{path}: expected finite voxels, found {bad} NaN or infinite")
     return voxels, image.affine
 
 
-def _check_axes(affine: np.ndarray, path: Path) -> None:
+def write_labels(path: Path, labels: np.ndarray, reference: Path) -> None:
+    """Write a label map on the grid of an image file, at once and whole.
+
+    Args:
+        path: To be written, `.nii.gz`.
+        labels: (X, Y, Z) uint8, in the reference's own orientation.
+        reference: Its affine and its codes of space are the label map's.
+    """
+    import nibabel as nib
+
+    original = nib.load(reference)
+    assert isinstance(original, nib.Nifti1Image)
+    image = nib.Nifti1Image(labels, original.affine, original.header, dtype=np.uint8)
+    image.header["cal_min"] = image.header["cal_max"] = 0  # the scan's display range
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    nib.save(image, partial)
+    partial.replace(path)
+
+
+def _check_axes(affine: np.ndarray | None, path: Path) -> None:
     """Sheared axes cannot be resampled as if they were orthogonal, which ITK would do silently."""
+    if affine is None:
+        raise InputError(f"{path}: expected an affine, found none")
     sizes_mm = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and sizes_mm.all()):
         raise InputError(f"{path}: expected an affine with three axes, found {affine[:3].tolist()}")
-    cosines = (affine[:3, :3] / sizes_mm).T @ (affine[:3, :3] / sizes_mm)
-    if (largest := np.abs(cosines - np.eye(3)).max()) > 1e-3:
-        raise InputError(
-            f"{path}: expected orthogonal axes, found two at "
-            f"{np.degrees(np.arccos(min(largest, 1))):.1f} degrees"
-        )
+    directions = affine[:3, :3] / sizes_mm
+    if (cosine := np.abs(directions.T @ directions - np.eye(3)).max()) > 1e-3:
+        degrees = np.degrees(np.arccos(min(cosine, 1)))
+        raise InputError(f"{path}: expected orthogonal axes, found two at {degrees:.1f} degrees")
 
 
 @dataclass(frozen=True)

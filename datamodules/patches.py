@@ -223,9 +223,9 @@ class PatchDataModule(pl.LightningDataModule):
         keys = EpochSampler(
             len(queue), self.batch_size, self.trainer.global_rank, self.trainer.world_size
         )
-        # A resumed run starts its workers before Lightning tells the sampler the epoch
-        # (pytorch-lightning#21938).
-        keys.set_epoch(self.trainer.current_epoch)
+        # A resumed run starts its workers before Lightning tells the sampler the epoch, and before
+        # `current_epoch` counts the epoch that the checkpoint ended (pytorch-lightning#21938).
+        keys.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         return DataLoader(
             queue,
             batch_size=self.batch_size,

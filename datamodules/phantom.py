@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from datamodules.brats import BraTS
+from datamodules.cases import Case
 from errors import InputError
 
 VERSION = 1  # of the generator; raise it when the same (seed, index) gives other voxels
@@ -66,17 +68,17 @@ RANGES = {
     "axis_scale": (0.96, 1.04),
     "rotation_deg": (-7.0, 7.0),
     "shift_mm": (-4.0, 4.0),
-    "cortex_mm": (2.2, 3.4),
-    "sulcus_mm": (0.5, 1.6),  # half width
-    "sulcus_depth_mm": (9.0, 17.0),
-    "gyrus_mm": (4.2, 6.2),  # control spacing; sulci are about 2.5 times that apart
-    "atrophy": (-0.15, 0.25),  # added to the score of CSF
+    "cortex_mm": (1.8, 3.0),
+    "sulcus_mm": (0.7, 1.9),  # half width
+    "sulcus_depth_mm": (11.0, 19.0),
+    "gyrus_mm": (3.9, 5.6),  # control spacing; sulci are about 2.5 times that apart
+    "atrophy": (-0.20, 0.15),  # added to the score of CSF
     # pathology
     "radius_mm": (9.0, 24.0),
     "elongation": (0.75, 1.3),
     "lobes_mm": (0.5, 3.0),
     "rim_mm": (1.5, 8.0),
-    "oedema_ratio": (1.0, 3.5),  # volume over that of the core
+    "oedema_ratio_hgg": (1.0, 3.5),  # volume over that of the core
     "oedema_ratio_lgg": (0.3, 2.2),
     "push_mm": (0.0, 7.0),  # mass effect at the edge of the core
     "push_reach_mm": (15.0, 35.0),
@@ -87,6 +89,7 @@ RANGES = {
     "slice_mm": (3.0, 6.0),
     "blur_mm": (0.0, 0.7),
     "ringing": (0.2, 0.6),
+    "white_matter_log10": (2.2, 3.1),  # raw values
     "brain_margin_mm": (-1.5, 1.5),  # what skull stripping leaves (+) or takes (-)
 }
 
@@ -132,25 +135,37 @@ class _Draw:
 
     def __init__(self, seed: int, index: int) -> None:
         self.seed, self.index = seed, index
+        self._controls: dict[str, np.ndarray] = {}
 
     def stream(self, step: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.index, zlib.crc32(step.encode())])
 
-    def uniform(self, name: str, step: str = "", size: int | None = None) -> "float | np.ndarray":
+    def uniform(self, name: str, step: str = "") -> float:
         """From RANGES[name]."""
-        return self.stream(f"{name} {step}").uniform(*RANGES[name], size=size)
+        return float(self.stream(f"{name} {step}").uniform(*RANGES[name]))
+
+    def uniforms(self, name: str, step: str = "") -> np.ndarray:
+        """Three from RANGES[name], one per axis."""
+        return self.stream(f"{name} {step}").uniform(*RANGES[name], size=3)
 
     def happens(self, name: str) -> bool:
         """With the probability CHANCES[name]."""
         return self.stream(name).random() < CHANCES[name]
+
+    def field(self, step: str, length_mm: float, grid: "_Grid") -> np.ndarray:
+        """Smooth random field (X, Y, Z) of mean 0 and variance 1, the same on every grid."""
+        if step not in self._controls:
+            shape = [int(extent_mm / length_mm) + 6 for extent_mm in FIELD_OF_VIEW_MM]
+            self._controls[step] = self.stream(step).standard_normal(shape, dtype=np.float32)
+        return _spline(self._controls[step], length_mm, (-2 * length_mm,) * 3, grid) / SPLINE_SD
 
 
 class _Grid(NamedTuple):
     """A box of voxels inside the field of view, RAS."""
 
     spacing_mm: float
-    start: tuple[int, int, int]
-    stop: tuple[int, int, int]
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
 
     @classmethod
     def whole(cls, spacing_mm: float) -> "_Grid":
@@ -175,6 +190,13 @@ class _Grid(NamedTuple):
     def points_mm(self) -> np.ndarray:
         """Positions of the voxel centres (3, X, Y, Z)."""
         return np.stack(np.meshgrid(*self.axes_mm(), indexing="ij"))
+
+    def slabs(self, thickness: int = 12) -> Iterator[tuple[slice, "_Grid"]]:
+        """The grid in pieces that fit a processor's cache, and where in the grid they lie."""
+        for first in range(self.start[0], self.stop[0], thickness):
+            last = min(first + thickness, self.stop[0])
+            rows = slice(first - self.start[0], last - self.start[0])
+            yield rows, _Grid(self.spacing_mm, (first, *self.start[1:]), (last, *self.stop[1:]))
 
     def at(self, spacing_mm: float) -> "_Grid":
         """The same box in voxels of another size, a little larger where they do not fit."""
@@ -221,13 +243,6 @@ def _spline(
     return values
 
 
-def _field(stream: np.random.Generator, length_mm: float, grid: _Grid) -> np.ndarray:
-    """Smooth random field (X, Y, Z) of mean 0 and variance 1, the same on every grid."""
-    shape = [int(extent_mm / length_mm) + 6 for extent_mm in FIELD_OF_VIEW_MM]
-    controls = stream.standard_normal(shape, dtype=np.float32)
-    return _spline(controls, length_mm, (-2 * length_mm,) * 3, grid) / SPLINE_SD
-
-
 def _between(volume: np.ndarray, coarse: _Grid, grid: _Grid) -> np.ndarray:
     """A smooth volume of a coarse grid on a fine one."""
     pad = 4
@@ -265,7 +280,9 @@ class _Template(NamedTuple):
     folding: np.ndarray
     hosts_mm: np.ndarray
 
-    def sample(self, volume: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
+    def sample(
+        self, volume: np.ndarray, points_mm: Sequence[np.ndarray] | np.ndarray
+    ) -> np.ndarray:
         """A map of this template at MNI positions (3, ...), linearly interpolated."""
         from scipy.ndimage import map_coordinates
 
@@ -302,7 +319,9 @@ def _template() -> _Template:
     origin_mm = np.asarray(maps[0].affine)[:3, 3] + [axis.start for axis in box]
 
     coarse = brain[::2, ::2, ::2]
-    inside_mm, nearest = distance_transform_edt(coarse, sampling=2, return_indices=True)
+    inside_mm, nearest = distance_transform_edt(  # pyright: ignore[reportGeneralTypeIssues]
+        coarse, sampling=2, return_indices=True
+    )
     depth_mm = inside_mm - distance_transform_edt(~coarse, sampling=2)
     depth_mm = gaussian_filter(depth_mm.astype(np.float32), 0.7)
     voxels_mm = 2 * np.indices(coarse.shape, dtype=np.float32)
@@ -330,8 +349,8 @@ class _Warp(NamedTuple):
         """Displacement (3, X, Y, Z) in the template."""
         return np.stack(
             [
-                3.5 * _field(self.draw.stream(f"deform far {axis}"), 45.0, grid)
-                + 1.3 * _field(self.draw.stream(f"deform near {axis}"), 16.0, grid)
+                3.5 * self.draw.field(f"deform far {axis}", 45.0, grid)
+                + 1.0 * self.draw.field(f"deform near {axis}", 16.0, grid)
                 for axis in "xyz"
             ]
         )
@@ -351,9 +370,9 @@ def _warp(draw: _Draw) -> _Warp:
     """A head of its own size and pose."""
     from scipy.spatial.transform import Rotation
 
-    scale = draw.uniform("brain_scale") * draw.uniform("axis_scale", size=3)
-    rotation = Rotation.from_euler("xyz", draw.uniform("rotation_deg", size=3), degrees=True)
-    centre_mm = np.divide(FIELD_OF_VIEW_MM, 2) + draw.uniform("shift_mm", size=3)
+    scale = draw.uniform("brain_scale") * draw.uniforms("axis_scale")
+    rotation = Rotation.from_euler("xyz", draw.uniforms("rotation_deg"), degrees=True)
+    centre_mm = np.divide(FIELD_OF_VIEW_MM, 2) + draw.uniforms("shift_mm")
     template = _template()
     middle_mm = template.origin_mm + np.divide(template.white.shape, 2)
     return _Warp(draw, np.diag(1 / scale) @ rotation.as_matrix(), centre_mm, middle_mm)
@@ -398,9 +417,7 @@ def _foci(draw: _Draw, warp: _Warp) -> list[_Focus]:
             distance_mm = np.linalg.norm(hosts_mm - warp(foci[0].centre_mm), axis=1)
             hosts_mm = hosts_mm[(distance_mm > 25) & (distance_mm < 60)]
         radius_mm = draw.uniform("radius_mm", str(number)) * (0.5 if foci else 1)
-        axes = Rotation.random(rng=stream).as_matrix() / draw.uniform(
-            "elongation", str(number), size=3
-        )
+        axes = Rotation.random(rng=stream).as_matrix() / draw.uniforms("elongation", str(number))
         foci.append(
             _Focus(
                 centre_mm=warp.inverse(hosts_mm[stream.integers(len(hosts_mm))]),
@@ -452,11 +469,9 @@ def _survey(draw: _Draw, warp: _Warp, foci: list[_Focus]) -> _Survey:
 
     # The skull stays where it is: the depth knows of no displacement.
     depth_mm = template.sample(
-        template.depth_mm, np.stack([_between(axis, coarse, fine) for axis in skull_mm])
+        template.depth_mm, [_between(axis, coarse, fine) for axis in skull_mm]
     )
-    fold_mm = template.sample(
-        _folds(draw), np.stack([_between(axis, coarse, fine) for axis in mni_mm])
-    )
+    fold_mm = template.sample(_folds(draw), [_between(axis, coarse, fine) for axis in mni_mm])
     return _Survey(coarse, mni_mm, core_mm, fine, depth_mm, fold_mm)
 
 
@@ -501,19 +516,24 @@ def _tissue(draw: _Draw, survey: _Survey, grid: _Grid) -> _Tissue:
     mni_mm = [_between(axis, survey.coarse, grid) for axis in survey.mni_mm]
     depth_mm = _between(survey.depth_mm, survey.fine, grid)
     sulcus_mm = np.abs(_between(survey.fold_mm, survey.fine, grid))
-    white = template.sample(template.white, mni_mm)
-    balance = white - template.sample(template.grey, mni_mm)  # 1 white, -1 grey
-    csf = 1 - 2 * white + balance
+    near = depth_mm > -4  # what lies further out is never seen
+    white, grey = np.zeros_like(depth_mm), np.zeros_like(depth_mm)
+    near_mm = [axis[near] for axis in mni_mm]
+    white[near] = template.sample(template.white, near_mm)
+    grey[near] = template.sample(template.grey, near_mm)
+    balance = white - grey  # 1 white, -1 grey
+    csf = 1 - white - grey
 
-    sulcus_depth_mm = 3 * _field(draw.stream("sulcus depth"), 20.0, grid)
+    sulcus_depth_mm = 3 * draw.field("sulcus depth", 20.0, grid)
     sulcus_depth_mm += draw.uniform("sulcus_depth_mm")
     shallow = _sigmoid((sulcus_depth_mm - depth_mm) / 1.5)
-    cortex_mm = draw.uniform("cortex_mm") + 0.4 * _field(draw.stream("cortex"), 6.0, grid)
+    cortex_mm = draw.uniform("cortex_mm") + 0.4 * draw.field("cortex", 6.0, grid)
     ribbon = np.clip((np.minimum(sulcus_mm, depth_mm) - cortex_mm) / 2, -1, 1)
     width_mm = float(np.hypot(draw.uniform("sulcus_mm"), grid.spacing_mm / 3))
     fissure = shallow * np.exp(-np.square(sulcus_mm / width_mm))
+    fissure += grey * np.exp(-np.square(mni_mm[0] / width_mm))  # between the hemispheres
 
-    balance += 0.15 * _field(draw.stream("border"), 3.0, grid)
+    balance += 0.15 * draw.field("border", 3.0, grid)
     balance += shallow * (0.9 * ribbon - 0.45 * balance)
     liquid = 2.2 * np.maximum(csf + draw.uniform("atrophy"), 1.1 * fissure) - 1
     liquid += np.maximum(0.6 - depth_mm, 0)
@@ -529,7 +549,7 @@ def _tissue(draw: _Draw, survey: _Survey, grid: _Grid) -> _Tissue:
 class _Lesion(NamedTuple):
     """Soft fractions of the pathological classes on a grid, all (X, Y, Z), each 0 to 1.
 
-    `core` includes what enhances; `enhancing` is its share; oedema is what is left outside the core.
+    `core` includes what enhances, and `enhancing` is that part of it; oedema lies outside the core.
     """
 
     core: np.ndarray
@@ -545,11 +565,27 @@ class _Lesion(NamedTuple):
         return labels * brain
 
 
+class _Plan(NamedTuple):
+    """The tumour's coarse decisions.
+
+    Attributes:
+        grade: "HGG" or "LGG".
+        reach: Of the oedema, logarithm, on the survey's coarse grid.
+        oedema_threshold: Of `_oedema_score`, for the volume that was drawn.
+        ventricles: Softly, on the coarse grid.
+    """
+
+    grade: str
+    reach: np.ndarray
+    oedema_threshold: float
+    ventricles: np.ndarray
+
+
 def _core_depth_mm(draw: _Draw, survey: _Survey, tissue: _Tissue, grid: _Grid) -> np.ndarray:
     """Distance to the border of the core (X, Y, Z), positive inside: a lobulated ellipsoid."""
     depth_mm = _between(survey.core_mm, survey.coarse, grid)
-    depth_mm += draw.uniform("lobes_mm") * _field(draw.stream("lobes"), 9.0, grid)
-    depth_mm += 0.8 * _field(draw.stream("border of core"), 4.0, grid)
+    depth_mm += draw.uniform("lobes_mm") * draw.field("lobes", 9.0, grid)
+    depth_mm += 0.8 * draw.field("border of core", 4.0, grid)
     depth_mm -= 6 * tissue.csf * (tissue.depth_mm > 6)  # grows around ventricles, not into them
     return np.minimum(depth_mm, tissue.depth_mm)
 
@@ -562,7 +598,7 @@ def _reach(draw: _Draw, tissue: _Tissue, core: np.ndarray, grid: _Grid) -> np.nd
     """
     from scipy.ndimage import gaussian_filter
 
-    speed = np.exp(0.35 * _field(draw.stream("fingers"), 9.0, grid))
+    speed = np.exp(0.35 * draw.field("fingers", 9.0, grid))
     through = np.clip((tissue.white + 0.12 * tissue.grey) * speed, 0, 1)
     reached = core
     for _ in range(28):
@@ -570,28 +606,41 @@ def _reach(draw: _Draw, tissue: _Tissue, core: np.ndarray, grid: _Grid) -> np.nd
     return np.log(reached + 1e-6)
 
 
-def _lesion(
-    draw: _Draw, survey: _Survey, tissue: _Tissue, reach: np.ndarray, grid: _Grid, grade: str
-) -> _Lesion:
+def _oedema_score(draw: _Draw, tissue: _Tissue, reach: np.ndarray, grid: _Grid) -> np.ndarray:
+    """Where oedema goes first (X, Y, Z): high near the core and in white matter."""
+    ease = np.log(tissue.white + 0.15 * tissue.grey + 0.01)
+    score = reach + 0.8 * ease + 0.25 * draw.field("edge of oedema", 5.0, grid)
+    return np.where(tissue.depth_mm < 0.5, -20, score)
+
+
+def _plan(draw: _Draw, survey: _Survey, grade: str) -> _Plan:
+    """What spreads over many voxels, decided on the coarse grid for every fine one."""
+    from scipy.ndimage import gaussian_filter
+
+    grid = survey.coarse
+    tissue = _tissue(draw, survey, grid)
+    core = _sigmoid(_core_depth_mm(draw, survey, tissue, grid) / 2)
+    reach = _reach(draw, tissue, core, grid)
+    outside = core < 0.5
+    ratio = draw.uniform(f"oedema_ratio_{grade.lower()}")
+    share = min(ratio * np.mean(~outside) / np.mean(outside), 0.3)
+    score = _oedema_score(draw, tissue, reach, grid)[outside]
+    ventricles = gaussian_filter(tissue.csf * (tissue.depth_mm > 22), 1.2)
+    return _Plan(grade, reach, float(np.quantile(score, 1 - share)), ventricles)
+
+
+def _lesion(draw: _Draw, survey: _Survey, plan: _Plan, tissue: _Tissue, grid: _Grid) -> _Lesion:
     """Core, enhancement and oedema."""
     depth_mm = _core_depth_mm(draw, survey, tissue, grid)
     core = _sigmoid(depth_mm / 0.6)
-
     enhancing = np.zeros_like(core)
-    if draw.happens(f"enhancing_{grade.lower()}"):
-        rim_mm = draw.uniform("rim_mm") * (1 + 0.6 * _field(draw.stream("rim"), 9.0, grid))
-        rim_mm -= 2.0 * (_field(draw.stream("gaps"), 7.0, grid) > 1.2)
+    if draw.happens(f"enhancing_{plan.grade.lower()}"):
+        rim_mm = draw.uniform("rim_mm") * (1 + 0.6 * draw.field("rim", 9.0, grid))
+        rim_mm -= 2.0 * (draw.field("gaps", 7.0, grid) > 1.2)
         enhancing = core * _sigmoid((rim_mm - depth_mm) / 0.5)
-
-    ease = np.log(tissue.white + 0.15 * tissue.grey + 0.01)
-    score = reach + 0.8 * ease + 0.25 * _field(draw.stream("edge of oedema"), 5.0, grid)
-    score[tissue.depth_mm < 0.5] = -20
-    volume = draw.uniform("oedema_ratio" if grade == "HGG" else "oedema_ratio_lgg")
-    outside = core < 0.5
-    share = min(volume * np.mean(~outside) / np.mean(outside), 0.3)
-    threshold = float(np.quantile(score[outside][::4], 1 - share))
-    oedema = _sigmoid((score - threshold) / 0.25)
-    return _Lesion(core, enhancing, oedema * (1 - core))
+    reach = _between(plan.reach, survey.coarse, grid)
+    score = _oedema_score(draw, tissue, reach, grid) - plan.oedema_threshold
+    return _Lesion(core, enhancing, _sigmoid(score / 0.25) * (1 - core) * (1 - tissue.csf))
 
 
 # --- image formation -----------------------------------------------------------------------------
@@ -601,18 +650,18 @@ def _bystanders(
     draw: _Draw, tissue: _Tissue, ventricles: np.ndarray, grid: _Grid
 ) -> dict[str, np.ndarray]:
     """Fractions (X, Y, Z) of what nobody labels: vessels and dura, choroid plexus, bright spots."""
-    first, second = (_field(draw.stream(f"vessels {n}"), 9.0, grid) for n in (1, 2))
+    first, second = (draw.field(f"vessels {n}", 9.0, grid) for n in (1, 2))
     width = 0.13 + 0.04 * grid.spacing_mm
     vessel = np.exp(-(first**2 + second**2) / width**2)  # lines where two sheets cross
     vessel *= np.clip(1 - tissue.depth_mm / 25, 0, 1) * (1 - tissue.white)
     x_mm, _, z_mm = tissue.mni_mm
     sinus = _sigmoid(3 - abs(x_mm)) * _sigmoid(2.5 - tissue.depth_mm) * (z_mm > 5)
-    patches = _sigmoid(3 * _field(draw.stream("dura"), 14.0, grid) - 1)
+    patches = _sigmoid(3 * draw.field("dura", 14.0, grid) - 1)
     dura = _sigmoid((0.5 - tissue.depth_mm) / 0.5) * patches
-    patches = _sigmoid(6 * _field(draw.stream("plexus"), 5.0, grid) - 6)
+    patches = _sigmoid(6 * draw.field("plexus", 5.0, grid) - 6)
     bright = np.clip(2.5 * ventricles, 0, 1)  # caps of the ventricles
     if draw.happens("hyperintensities"):
-        bright += _sigmoid(8 * (_field(draw.stream("hyperintensities"), 3.5, grid) - 2.6))
+        bright += _sigmoid(8 * (draw.field("hyperintensities", 3.5, grid) - 2.6))
     return {
         "vessel": np.clip(vessel + sinus + 0.7 * dura, 0, 1),
         "plexus": tissue.csf * (tissue.depth_mm > 20) * patches,
@@ -628,8 +677,8 @@ def _maps(
     outside = 1 - lesion.core
     healthy = (outside - lesion.oedema) * (1 - vessel) * (1 - plexus)
     core = lesion.core - lesion.enhancing
-    coarse = _field(draw.stream("coarse texture"), 14.0, grid)
-    fine = _field(draw.stream("fine texture"), 4.0, grid)
+    coarse = draw.field("coarse texture", 14.0, grid)
+    fine = draw.field("fine texture", 4.0, grid)
     return {
         "white": healthy * tissue.white,
         "gm": healthy * tissue.grey,
@@ -663,13 +712,21 @@ def _weights(draw: _Draw, modality: str) -> dict[str, float]:
     return weights
 
 
+def _mixture(draw: _Draw, modality: str, maps: dict[str, np.ndarray], grid: _Grid) -> np.ndarray:
+    """Image without noise or blur (X, Y, Z): white matter is 1, times the bias field."""
+    weights = _weights(draw, modality)
+    image = np.zeros(grid.shape, np.float32)
+    for name, volume in maps.items():
+        image += weights[name] * volume
+    bias = draw.uniform("bias", modality) * draw.field(f"bias {modality}", 70.0, grid)
+    return image * np.exp(bias)
+
+
 def _acquire(draw: _Draw, modality: str, image: np.ndarray, grid: _Grid) -> np.ndarray:
     """What a scanner and the usual resampling to the case's grid make of an ideal image."""
     from scipy.ndimage import correlate1d
 
     stream = draw.stream(f"acquire {modality}")
-    bias = draw.uniform("bias", modality) * _field(draw.stream(f"bias {modality}"), 70.0, grid)
-    image = image * np.exp(bias)
     shift_mm = draw.uniform("misregistration_mm", modality) * stream.uniform(-1, 1, size=3)
     thick = stream.random() < THICK_SLICES[modality]
     slice_axis = int(stream.choice(3, p=[0.15, 0.15, 0.7]))
@@ -682,9 +739,10 @@ def _acquire(draw: _Draw, modality: str, image: np.ndarray, grid: _Grid) -> np.n
         image = correlate1d(image, kernel, axis=axis, mode="nearest")
     if thick and slice_mm > 1.5 * grid.spacing_mm:
         image = _stepped(image, slice_axis, slice_mm / grid.spacing_mm)
-    noise = draw.stream(f"noise {modality} {grid.spacing_mm}")
-    sd = draw.uniform("noise", modality)
-    return image + sd * noise.standard_normal(image.shape, dtype=np.float32)
+    noise = draw.stream(f"noise {modality}").standard_normal(image.shape, dtype=np.float32)
+    noise *= draw.uniform("noise", modality)
+    noise += image
+    return noise
 
 
 def _shifted_gaussian(sigma: float, shift: float) -> np.ndarray:
@@ -710,14 +768,13 @@ def _stepped(image: np.ndarray, axis: int, step: float) -> np.ndarray:
 
 def _brain_mask(draw: _Draw, tissue: _Tissue, grid: _Grid) -> np.ndarray:
     """What skull stripping calls brain (X, Y, Z): a rind too much here, a bite too much there."""
-    margin_mm = draw.uniform("brain_margin_mm") + 1.0 * _field(draw.stream("rind"), 12.0, grid)
-    bites_mm = 8 * np.maximum(_field(draw.stream("bites"), 8.0, grid) - 2.6, 0)
+    margin_mm = draw.uniform("brain_margin_mm") + 0.7 * draw.field("rind", 12.0, grid)
+    bites_mm = 8 * np.maximum(draw.field("bites", 8.0, grid) - 2.6, 0)
     mask = tissue.depth_mm > bites_mm - np.minimum(margin_mm, 3)
     if draw.happens("cut_field_of_view"):
         z_mm = grid.axes_mm()[2]
         cut_mm = draw.stream("cut").uniform(5, 25)
-        bottom = np.flatnonzero(mask.any(axis=(0, 1)))[0]
-        mask &= z_mm > z_mm[bottom] + cut_mm
+        mask &= z_mm > z_mm[0] + cut_mm
     return mask
 
 
@@ -725,14 +782,17 @@ def _quantised(draw: _Draw, modality: str, image: np.ndarray, mask: np.ndarray) 
     """int16 in a scale of the scanner's own, 0 outside the mask; negative only by ringing."""
     from scipy.ndimage import gaussian_filter
 
-    stream = draw.stream(f"scale {modality}")
-    image = np.maximum(image, 0.01) * mask
+    image = np.maximum(image, 0.01)
+    image *= mask
     if draw.happens("ringing"):
-        image += draw.uniform("ringing", modality) * (image - gaussian_filter(image, 1.0))
-    scale = 10 ** stream.uniform(2.2, 3.1)
-    if draw.happens("tenfold_modality"):
-        scale *= 10 if draw.stream("which tenfold").choice(MODALITIES) == modality else 1
-    return np.clip(np.round(image * mask * scale), -32768, 32767).astype(np.int16)
+        blurred = gaussian_filter(image, 1.0, truncate=2.5)
+        image += draw.uniform("ringing", modality) * (image - blurred)
+    scale = 10 ** draw.uniform("white_matter_log10", modality)
+    if draw.happens("tenfold_modality") and modality == draw.stream("tenfold").choice(MODALITIES):
+        scale *= 10
+    volume = np.zeros(mask.shape, np.int16)
+    volume[mask] = np.clip(np.round(image[mask] * scale), -32768, 32767)
+    return volume
 
 
 def _grade(draw: _Draw) -> str:
@@ -747,14 +807,13 @@ def _stored(volume: np.ndarray, grid: _Grid, ras: bool) -> np.ndarray:
 
 
 def _affine(spacing_mm: float, ras: bool) -> np.ndarray:
-    """Of a file (4, 4): the middle of the field of view is the origin."""
-    extent_mm = np.array(_Grid.whole(spacing_mm).shape) * spacing_mm
+    """Of a file (4, 4), voxel indices to mm: the middle of the field of view is the origin."""
     affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
-    affine[:3, 3] = spacing_mm / 2 - np.array(FIELD_OF_VIEW_MM) / 2
-    if not ras:
-        affine[:2, 3] += extent_mm[:2] - spacing_mm
-        affine[:2] *= [[-1, 1, 1, 1], [1, -1, 1, 1]]
-        affine[:2, 3] *= [1, 1]
+    affine[:3, 3] = spacing_mm / 2 - np.divide(FIELD_OF_VIEW_MM, 2)
+    if not ras:  # index i of the file is index last - i in RAS
+        last = np.array(_Grid.whole(spacing_mm).shape[:2]) - 1
+        affine[:2, 3] += last * spacing_mm
+        affine[[0, 1], [0, 1]] = -spacing_mm
     return affine
 
 
@@ -766,36 +825,30 @@ def make_phantom(seed: int, index: int, spacing_mm: float) -> Phantom:
         index: Of the case; every pair of seed and index is a patient of its own.
         spacing_mm: Edge of a voxel; 1 gives the grid of BraTS, 240 x 240 x 155.
     """
-    from scipy.ndimage import gaussian_filter
-
     draw = _Draw(seed, index)
-    grade = _grade(draw)
     warp = _warp(draw)
-    foci = _foci(draw, warp)
-
-    survey = _survey(draw, warp, foci)
-
-    coarse = _tissue(draw, survey, survey.coarse)
-    core = _sigmoid(_core_depth_mm(draw, survey, coarse, survey.coarse) / 2)
-    reach = _reach(draw, coarse, core, survey.coarse)
-    ventricles = gaussian_filter(coarse.csf * (coarse.depth_mm > 22), 1.2)
+    survey = _survey(draw, warp, _foci(draw, warp))
+    plan = _plan(draw, survey, _grade(draw))
 
     grid = survey.coarse.at(spacing_mm)
-    reach, ventricles = (_between(volume, survey.coarse, grid) for volume in (reach, ventricles))
-    tissue = _tissue(draw, survey, grid)
-    lesion = _lesion(draw, survey, tissue, reach, grid, grade)
-    bystanders = _bystanders(draw, tissue, ventricles, grid)
-    maps = _maps(draw, tissue, lesion, bystanders, grid)
-    mask = _brain_mask(draw, tissue, grid)
+    ideal = {modality: np.empty(grid.shape, np.float32) for modality in MODALITIES}
+    labels, mask = np.empty(grid.shape, np.uint8), np.empty(grid.shape, bool)
+    for rows, slab in grid.slabs():
+        tissue = _tissue(draw, survey, slab)
+        lesion = _lesion(draw, survey, plan, tissue, slab)
+        mask[rows] = _brain_mask(draw, tissue, slab)
+        labels[rows] = lesion.labels(mask[rows])
+        ventricles = _between(plan.ventricles, survey.coarse, slab)
+        maps = _maps(draw, tissue, lesion, _bystanders(draw, tissue, ventricles, slab), slab)
+        for modality, image in ideal.items():
+            image[rows] = _mixture(draw, modality, maps, slab)
+
     ras = draw.happens("ras")
     images = {}
     for modality in MODALITIES:
-        weights = _weights(draw, modality)
-        image = sum(weights[name] * volume for name, volume in maps.items())
-        image = _acquire(draw, modality, np.asarray(image), grid)
+        image = _acquire(draw, modality, ideal.pop(modality), grid)
         images[modality] = _stored(_quantised(draw, modality, image, mask), grid, ras)
-    labels = _stored(lesion.labels(mask), grid, ras)
-    return Phantom(images, labels, _affine(spacing_mm, ras), grade)
+    return Phantom(images, _stored(labels, grid, ras), _affine(spacing_mm, ras), plan.grade)
 
 
 # --- the data set on disk ------------------------------------------------------------------------
@@ -817,10 +870,14 @@ def write_phantoms(
         workers: Processes; as many as there are cores by default.
 
     Raises:
-        InputError: The folder holds phantoms of other settings.
+        InputError: The folder holds phantoms of other settings, or these are none.
     """
     from rich.progress import track
 
+    if not 0.5 <= spacing_mm <= 8:
+        raise InputError(f"spacing_mm: 0.5 to 8 expected, {spacing_mm:g} found")
+    if count < 0:
+        raise InputError(f"count: 0 or more cases expected, {count} found")
     root = Path(root)
     _claim(root, {"version": VERSION, "seed": seed, "spacing_mm": float(spacing_mm)})
     jobs = [(root, seed, index, spacing_mm) for index in range(count)]
@@ -834,6 +891,39 @@ def write_phantoms(
         futures = [pool.submit(_write_case, *job) for job in jobs]
         for future in track(as_completed(futures), "phantoms", total=len(futures)):
             future.result()
+
+
+class Phantoms(BraTS):
+    """Phantoms as a BraTS data set that makes itself when it is first used.
+
+    Args:
+        root: Folder of the data set.
+        count: How many cases it has; the first of those in the folder, if there are more.
+        spacing_mm: Edge of a voxel.
+        seed: Of all cases.
+        modalities: As of `BraTS`.
+        regions: As of `BraTS`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        count: int,
+        spacing_mm: float,
+        seed: int = 0,
+        modalities: Sequence[str] = MODALITIES,
+        regions: Sequence[str] = ("WT", "TC", "ET"),
+    ) -> None:
+        super().__init__(root, modalities, regions)
+        self.count = count
+        self.spacing_mm = spacing_mm
+        self.seed = seed
+
+    def prepare(self) -> None:
+        write_phantoms(self.root, self.count, spacing_mm=self.spacing_mm, seed=self.seed)
+
+    def cases(self) -> list[Case]:
+        return super().cases()[: self.count]
 
 
 def _claim(root: Path, settings: dict[str, float]) -> None:
@@ -858,7 +948,7 @@ def _folder(root: Path, seed: int, index: int) -> Path:
 
 
 def _write_case(root: Path, seed: int, index: int, spacing_mm: float) -> None:
-    """Write one case under a hidden name, then rename its folder: it is whole or it is not there."""
+    """Write one case under a hidden name, then rename its folder: it is whole or not there."""
     import nibabel as nib
 
     folder = _folder(root, seed, index)
@@ -884,7 +974,8 @@ def _write_case(root: Path, seed: int, index: int, spacing_mm: float) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m datamodules.phantom", description="Write synthetic gliomas as a BraTS data set."
+        prog="python -m datamodules.phantom",
+        description="Write synthetic gliomas as a BraTS data set.",
     )
     parser.add_argument("root", type=Path, help="folder of the data set")
     parser.add_argument("--cases", type=int, default=24, help="default: %(default)s")

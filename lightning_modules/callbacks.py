@@ -145,12 +145,11 @@ class CasePictures(Callback):
         regions = regions_of(trainer)
         self.folder.mkdir(parents=True, exist_ok=True)
         for item, case in enumerate(batch["case"]):
-            figure = draw_case(
-                as_array(batch["image"][item, self.channel]),
-                dict(zip(regions, as_array(batch["mask"][item]), strict=True)),
-                dict(zip(regions, as_array(outputs[item]), strict=True)),
-                title=case,
-            )
+            rows = {
+                name: dict(zip(regions, as_array(masks[item]), strict=True))
+                for name, masks in {"truth": batch["mask"], "prediction": outputs}.items()
+            }
+            figure = draw_case(as_array(batch["image"][item, self.channel]), rows, title=case)
             path = self.folder / f"{case}.png"
             figure.savefig(path, dpi=80)
             for logger in wandb_loggers(trainer):

@@ -26,49 +26,45 @@ def plane(volume: np.ndarray, axis: int, position: int) -> np.ndarray:
 
 
 def draw_case(
-    image: np.ndarray,
-    truth: Mapping[str, np.ndarray],
-    prediction: Mapping[str, np.ndarray],
-    title: str,
+    image: np.ndarray, rows: Mapping[str, Mapping[str, np.ndarray]], title: str
 ) -> "Figure":
-    """Truth (upper row) and prediction (lower row) over the scan, in three planes.
+    """A scan in three planes, bare and under each row's masks, at the slices with most tumour.
 
     Args:
         image: (X, Y, Z) in RAS order, one modality.
-        truth: Mask (X, Y, Z) by region, outer regions first.
-        prediction: Likewise.
-        title: What is shown: the case, its modality, its scores.
+        rows: Masks (X, Y, Z) by region, outer regions first, of "truth", "prediction", ...; the
+            slices are where the outermost region of the first row that has any is largest.
+        title: What is shown: the case, its scores.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    outermost = next(iter(truth.values()))
-    shown = outermost if outermost.any() else next(iter(prediction.values()))
+    outermost = [next(iter(regions.values())) for regions in rows.values()]
+    shown = next((mask for mask in outermost if mask.any()), outermost[0])
+    positions = [busiest_slice(shown, axis) for axis in PLANES.values()]
     brain = image[image != 0]
     low, high = np.percentile(brain, (1, 99.5)) if brain.size else (0, 1)
-    figure = Figure(figsize=(10.5, 7.4), facecolor="black", layout="constrained")
-    axes = figure.subplots(2, 3)
-    for row, (name, regions) in zip(
-        axes, {"truth": truth, "prediction": prediction}.items(), strict=True
-    ):
-        for ax, (label, axis) in zip(row, PLANES.items(), strict=True):
-            position = busiest_slice(shown, axis)
+    figure = Figure(figsize=(9, 3 * len(rows) + 4), facecolor="black", layout="constrained")
+    axes = figure.subplots(len(rows) + 1, len(PLANES))
+    for line, (name, regions) in zip(axes, {"scan": {}, **rows}.items(), strict=True):
+        for ax, (label, axis), position in zip(line, PLANES.items(), positions, strict=True):
             ax.imshow(plane(image, axis, position), cmap="gray", vmin=low, vmax=high)
             for mask, colour in zip(regions.values(), REGION_COLOURS, strict=False):
                 area = plane(mask, axis, position)
                 if area.any():
                     ax.contourf(area, levels=[0.5, 1.5], colors=[colour], alpha=0.35)
-                    ax.contour(area, levels=[0.5], colors=[colour], linewidths=1.2)
+                    ax.contour(area, levels=[0.5], colors=[colour], linewidths=1)
             ax.set_title(f"{name}, {label} {position}", color="white", fontsize=9)
             ax.set_axis_off()
     figure.suptitle(title, color="white", fontsize=11)
+    names = next(iter(rows.values()))
     figure.legend(
         handles=[
             Patch(color=colour, label=region)
-            for region, colour in zip(truth, REGION_COLOURS, strict=False)
+            for region, colour in zip(names, REGION_COLOURS, strict=False)
         ],
         loc="outside lower center",
-        ncols=len(truth),
+        ncols=len(names),
         frameon=False,
         labelcolor="white",
     )

@@ -1,0 +1,119 @@
+"""Every option of every group composes, builds and changes what it says; names of runs."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from tests.conftest import ROOT
+
+Compose = Callable[..., DictConfig]
+
+OPTIONS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in sorted((ROOT / "conf").iterdir())
+    if folder.is_dir()
+}
+AXES = {  # what ablations sweep, beside the groups: each must change the network
+    "filters.base": [8, 16],
+    "filters.ratio": [1.5, 2, 2.5],
+    "model.depth": [3, 4, 5],
+    "model.bottleneck": [32, 128],
+}
+SMALL = ["data.sampler.patch_size=32", "filters.base=8"]
+
+
+def build(composed: Compose, *overrides: str):
+    return instantiate(composed(*SMALL, *overrides).module, _convert_="all")
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(group, option) for group, options in OPTIONS.items() for option in options],
+)
+def test_every_option_builds(composed: Compose, group: str, option: str):
+    config = composed(*SMALL, f"{group}={option}")
+    module = instantiate(config.module, _convert_="all")
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert optimizer.param_groups[0]["lr"] > 0
+    instantiate(config.data, _convert_="all")
+    image = torch.randn(1, len(config.data.data_set.modalities), 16, 16, 16)
+    with torch.no_grad():
+        assert module(image).shape == (1, len(config.data.data_set.regions), 16, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("model", "axis"),
+    list(product(OPTIONS["model"], ["norm", "activation", "downsampling", *AXES])),
+)
+def test_every_axis_changes_every_network(composed: Compose, model: str, axis: str):
+    """A network that ignored an axis would make a sweep of equal runs."""
+    levels = AXES.get(axis) or OPTIONS[axis]
+    networks = [
+        str(build(composed, f"model={model}", f"{axis}={level}").network) for level in levels
+    ]
+    assert all(first != second for first, second in pairwise(networks))
+    assert len(set(networks)) == len(levels)
+
+
+def test_numbers_of_the_paper(composed: Compose):
+    config = composed("data=brats")
+    assert config.data.sampler.patch_size == 80
+    assert config.data.patches_per_epoch == 2101
+    assert list(config.data.cache.crop) == [160, 190, 140]
+    assert list(config.data.sampler.scale) == [0.9, 1.1]
+    assert config.callbacks.early_stopping.patience == 2
+    assert config.scheduler.power == 0.9
+    assert dict(config.loss.weights) == {"WT": 0.33, "TC": 0.33, "ET": 0.33}
+    assert (config.module.l2_weight, config.module.kl_weight) == (0.1, 0.1)
+
+
+def run_name(*overrides: str) -> str:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", list(overrides), return_hydra_config=True)
+    return Path(config.hydra.run.dir).name
+
+
+def test_name_of_a_run_is_what_it_asks_however_it_is_typed():
+    first = run_name("norm=batch", "seed=3")
+    assert first.startswith("aeunet-batch-s3-")
+    assert first == run_name("seed=3", "norm=batch", "logger=csv", "data.num_workers=2")
+    others = {first, run_name("norm=batch", "seed=3", "optimizer.lr=1e-5"), run_name("seed=3")}
+    assert len(others) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "answer", "code"),
+    [
+        ("train.py", ["--help"], "downsampling: avg, max, stride", 0),
+        ("train.py", ["--cfg", "job"], "bottleneck: 128", 0),
+        ("train.py", ["norm=grop"], "Available options in 'norm'", 1),
+        ("train.py", ["model.dpeth=4"], "Key 'dpeth' is not in struct", 1),
+        ("predict.py", ["--help"], "checkpoint=RUN/best.ckpt", 0),
+        ("predict.py", ["chekpoint=a"], "Key 'chekpoint' is not in struct", 1),
+        ("predict.py", [], "Missing mandatory value: checkpoint", 1),
+    ],
+)
+def test_help_and_typos_are_answered_without_torch(
+    script: str, arguments: list[str], answer: str, code: int
+):
+    command = [sys.executable, "-X", "importtime", script, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert answer in done.stdout + done.stderr
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "hydra" in imported
+    assert not imported & {"torch", "pytorch_lightning", "torchio", "monai", "wandb", "scipy"}
+
+
+def test_every_network_file_is_a_choice():
+    """File `aeunet.py` is class `AEUNet` is `model=aeunet`."""
+    files = {path.stem for path in (ROOT / "lightning_modules/networks").glob("*.py")}
+    assert set(OPTIONS["model"]) == files - {"__init__", "blocks"}

@@ -1,0 +1,219 @@
+"""The stream of patches: what is in it, that nothing but (seed, epoch, index) decides it."""
+
+import json
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torchio as tio
+from torch.utils.data import DataLoader
+
+from datamodules.brats import BraTS
+from datamodules.cache import Cache
+from datamodules.cases import FractionSplit
+from datamodules.patches import EpochSampler, PatchDataModule, PatchQueue, Volumes
+from datamodules.sampling import BalancedSampler
+from errors import InputError
+from tests.conftest import write_brats
+
+FLIP = tio.RandomFlip(axes=(0, 1, 2), flip_probability=0.5)
+
+
+def queue(brats: Path, cache_root: Path, *, share: float = 0.5, seed: int = 0) -> PatchQueue:
+    data_set = BraTS(brats)
+    cases = Cache(cache_root, spacing_mm=1, crop="brain").build(data_set.cases(), data_set)
+    sampler = BalancedSampler(8, lesion_share=share, scale=(0.9, 1.1))
+    return PatchQueue(cases, data_set, sampler, FLIP, patches_per_epoch=24, seed=seed)
+
+
+def stream(patches: PatchQueue, *, workers: int = 0, epoch: int = 0, batch_size: int = 4) -> list:
+    keys = EpochSampler(len(patches), batch_size)
+    keys.set_epoch(epoch)
+    return list(DataLoader(patches, batch_size, sampler=keys, num_workers=workers))
+
+
+def same(first: list, second: list) -> bool:
+    return all(
+        torch.equal(a["image"], b["image"])
+        and torch.equal(a["mask"], b["mask"])
+        and a["case"] == b["case"]
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_it_is_a_torchio_queue(brats: Path, cache_root: Path):
+    patches = queue(brats, cache_root)
+    assert isinstance(patches, tio.Queue)
+    assert len(patches) == patches.iterations_per_epoch == 24
+    assert patches.num_subjects == 6
+
+
+def test_batches_hold_what_the_network_needs(brats: Path, cache_root: Path):
+    (batch, *others) = stream(queue(brats, cache_root))
+    assert len(others) == 5
+    assert batch["image"].shape == (4, 4, 8, 8, 8)
+    assert batch["image"].dtype == torch.float32
+    assert batch["mask"].shape == (4, 3, 8, 8, 8)
+    assert batch["mask"].dtype == torch.bool
+    wt, tc, et = batch["mask"].unbind(1)
+    assert (tc <= wt).all()
+    assert (et <= tc).all()
+
+
+def test_share_of_lesion_patches_reaches_the_batches(brats: Path, cache_root: Path):
+    for batch in stream(queue(brats, cache_root, share=0.5)):
+        assert batch["mask"][1::2, 0].flatten(1).any(1).all()
+    for batch in stream(queue(brats, cache_root, share=1)):
+        assert batch["mask"][:, 0].flatten(1).any(1).all()
+
+
+def test_worker_processes_change_nothing(brats: Path, cache_root: Path):
+    patches = queue(brats, cache_root)
+    assert same(stream(patches), stream(patches, workers=2))
+
+
+def test_global_random_state_changes_nothing_and_is_left_alone(brats: Path, cache_root: Path):
+    patches = queue(brats, cache_root)
+    torch.manual_seed(1)
+    first, after = patches[0, 3], torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    assert same([first], [patches[0, 3]])
+
+
+def test_seed_and_epoch_change_everything(brats: Path, cache_root: Path):
+    patches = queue(brats, cache_root)
+    first = stream(patches)
+    for other in (stream(patches, epoch=1), stream(queue(brats, cache_root, seed=1))):
+        assert not any(torch.equal(a["image"], b["image"]) for a, b in zip(first, other, strict=True))
+
+
+def test_augmentation_moves_image_and_mask_together(tmp_path: Path):
+    """The tumour is what is bright in FLAIR, before and after scaling and flips."""
+    data_set = BraTS(write_brats(tmp_path / "data", cases=2))
+    cases = Cache(tmp_path / "cache", 1, "brain").build(data_set.cases(), data_set)
+    sampler = BalancedSampler(12, lesion_share=1)
+    patches = PatchQueue(cases, data_set, sampler, FLIP, patches_per_epoch=20, seed=0)
+    for index in range(20):
+        patch = patches[0, index]
+        bright = patch["image"][3] > 0.1  # z-scores: about -0.4 in healthy tissue, 0.6 and more in it
+        assert torch.equal(bright, patch["mask"][0])
+
+
+def test_every_axis_is_flipped_in_about_half_of_the_patches(tmp_path: Path):
+    data_set = BraTS(write_brats(tmp_path / "data", cases=1, shape=(12, 12, 12)))
+    cases = Cache(tmp_path / "cache", 1, "brain").build(data_set.cases(), data_set)
+    shape = cases[0].labels.shape
+    sampler = BalancedSampler(shape)
+    plain = sampler.draw(cases[0].image, cases[0].labels, cases[0].lesion).image
+    patches = PatchQueue(cases, data_set, sampler, FLIP, patches_per_epoch=80, seed=0)
+    seen = Counter()
+    for index in range(80):
+        image = patches[0, index]["image"]
+        flips = [
+            axes
+            for axes in product((False, True), repeat=3)
+            if torch.equal(image, plain.flip([1 + axis for axis in range(3) if axes[axis]]))
+        ]
+        assert len(flips) == 1
+        seen[flips[0]] += 1
+    assert len(seen) == 8
+    assert all(abs(sum(n for axes, n in seen.items() if axes[axis]) - 40) < 18 for axis in range(3))
+
+
+def test_every_case_is_visited_equally_often(brats: Path, cache_root: Path):
+    patches = queue(brats, cache_root)
+    visits = Counter(
+        (patches.case_of(0, index).name, patches.balance.wants_lesion(index)) for index in range(24)
+    )
+    assert set(visits.values()) == {2}  # 12 patches of either kind from 6 cases
+    assert len(visits) == 12
+
+
+def test_cases_without_lesions_give_patches_without(tmp_path: Path):
+    data_set = BraTS(write_brats(tmp_path / "data", cases=3))
+    cases = Cache(tmp_path / "cache", 1, "brain").build(data_set.cases(), data_set)
+    cases[0].__dict__["lesion"] = np.empty(0, np.int32)  # as if it had none
+    patches = PatchQueue(cases, data_set, BalancedSampler(8), FLIP, 12, seed=0)
+    lesion_visits = {patches.case_of(0, index).name for index in range(1, 12, 2)}
+    assert cases[0].name not in lesion_visits
+    assert len(lesion_visits) == 2
+
+
+def test_a_share_of_lesions_without_any_lesion_is_refused(tmp_path: Path):
+    data_set = BraTS(write_brats(tmp_path / "data", cases=2, with_masks=False))
+    cases = Cache(tmp_path / "cache", 1, "brain").build(data_set.cases(), data_set)
+    with pytest.raises(InputError, match=r"lesion_share: 0.5 .* none of the 2 training cases"):
+        PatchQueue(cases, data_set, BalancedSampler(8), FLIP, 12, seed=0)
+
+
+@pytest.mark.parametrize(("patches", "batch_size", "ranks"), [(24, 4, 1), (24, 4, 2), (26, 4, 3)])
+def test_ranks_share_the_batches_of_an_epoch(patches: int, batch_size: int, ranks: int):
+    samplers = [EpochSampler(patches, batch_size, rank, ranks) for rank in range(ranks)]
+    for sampler in samplers:
+        sampler.set_epoch(3)
+    keys = [list(sampler) for sampler in samplers]
+    together = [key for rank in keys for key in rank]
+    assert len(set(together)) == len(together)
+    assert {epoch for epoch, _ in together} == {3}
+    steps = {-(-len(rank) // batch_size) for rank in keys}
+    assert len(steps) == 1  # ranks wait for each other at every step
+    if ranks == 1:
+        assert [index for _, index in together] == list(range(patches))
+    for rank in keys:  # batches are whole: the balance of a run of patches holds
+        for start in range(0, len(rank) - batch_size, batch_size):
+            batch = [index for _, index in rank[start : start + batch_size]]
+            assert batch == list(range(batch[0], batch[0] + batch_size))
+
+
+def data_module(brats: Path, cache_root: Path) -> PatchDataModule:
+    return PatchDataModule(
+        BraTS(brats),
+        Cache(cache_root, 1, "brain"),
+        FractionSplit(validation=0.17, test=0.34, seed=0),
+        BalancedSampler(8),
+        FLIP,
+        patches_per_epoch=6,
+        batch_size=2,
+    )
+
+
+def test_whole_volumes_for_validation_and_test(brats: Path, cache_root: Path, tmp_path: Path):
+    module = data_module(brats, cache_root)
+    module.trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    module.prepare_data()
+    module.setup("fit")
+    sizes = [len(loader) for loader in (module.val_dataloader(), module.test_dataloader())]
+    assert sizes == [1, 2]
+    written = json.loads((tmp_path / "split.json").read_text())
+    assert [len(written[part]) for part in ("train", "validation", "test")] == [3, 1, 2]
+    batch = next(iter(module.test_dataloader()))
+    assert batch["case"] == [written["test"][0]]
+    assert batch["image"].shape[2:] == batch["mask"].shape[2:]
+    assert batch["outside"].tolist() == [[0, 0, 0]]
+
+
+def test_resumed_epoch_starts_where_it_should(brats: Path, cache_root: Path, tmp_path: Path):
+    """Lightning tells the sampler the epoch after the first workers have started (#21938)."""
+    module = data_module(brats, cache_root)
+    module.trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    module.setup("fit")
+    module.trainer.fit_loop.epoch_progress.current.processed = 4
+    loader = module.train_dataloader()
+    assert isinstance(loader.sampler, EpochSampler)
+    assert next(iter(loader.sampler)) == (4, 0)
+
+
+def test_voxels_outside_the_crop_are_counted_by_region(tmp_path: Path):
+    data_set = BraTS(write_brats(tmp_path / "data", cases=1))
+    cases = Cache(tmp_path / "cache", 1, crop=[6, 6, 6]).build(data_set.cases(), data_set)
+    volumes = Volumes(cases, data_set)
+    uncropped = Cache(tmp_path / "cache", 1, crop="brain").build(data_set.cases(), data_set)
+    whole = data_set.to_regions(uncropped[0].labels).sum((1, 2, 3))
+    seen = volumes[0]
+    assert (seen["mask"].sum((1, 2, 3)) + seen["outside"]).tolist() == whole.tolist()
+    assert seen["outside"][0] > 0

@@ -1,0 +1,158 @@
+"""Which patches: exact shares, contained lesions, uniform places, true voxels at every scale."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torchio as tio
+from scipy.ndimage import zoom
+
+from datamodules.sampling import BalancedSampler, Box, cut
+
+SHAPE = (20, 24, 18)
+
+
+def ramp(shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    """An image (3, X, Y, Z) whose channels are the coordinates of the voxel."""
+    return np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).astype(np.float16)
+
+
+def labels_with(*voxels: tuple[int, int, int], shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    labels = np.zeros(shape, np.uint8)
+    for voxel in voxels:
+        labels[voxel] = 2
+    return labels
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 1 / 3, 0.5, 0.9, 1])
+def test_share_is_exact_in_every_run_of_patches(share: float):
+    sampler = BalancedSampler(8, lesion_share=share)
+    wanted = [sampler.wants_lesion(i) for i in range(600)]
+    for length in (2, 7, 12, 100):
+        for start in range(0, 600 - length):
+            count = sum(wanted[start : start + length])
+            assert abs(count - length * Fraction(share).limit_denominator(10_000)) < 1
+    assert [sampler.lesions_before(i) for i in range(600)] == [sum(wanted[:i]) for i in range(600)]
+
+
+def test_half_alternates_so_that_every_even_batch_is_half():
+    sampler = BalancedSampler(8, lesion_share=0.5)
+    for start in range(0, 64, 4):
+        assert sum(sampler.wants_lesion(i) for i in range(start, start + 4)) == 2
+
+
+@pytest.mark.parametrize("voxel", [(0, 0, 0), (19, 23, 17), (10, 0, 17), (9, 12, 8)])
+@pytest.mark.parametrize("scale", [(1, 1), (0.9, 1.1), (0.5, 0.6)])
+def test_patch_contains_the_lesion_wherever_it_lies(
+    voxel: tuple[int, int, int], scale: tuple[float, float]
+):
+    sampler = BalancedSampler(8, scale=scale)
+    labels = labels_with(voxel)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        patch = sampler.draw(ramp(), labels, np.flatnonzero(labels))
+        assert patch.image.shape == (3, 8, 8, 8)
+        assert patch.image.dtype == torch.float32
+        assert set(patch.labels.unique().tolist()) == {0, 2}  # resampling makes no new label
+
+
+def test_every_box_around_the_voxel_is_as_likely():
+    sampler = BalancedSampler(4)
+    labels = labels_with((10, 1, 17))
+    torch.manual_seed(0)
+    starts = np.array(
+        [sampler.draw(ramp(), labels, np.flatnonzero(labels)).image[:, 0, 0, 0].tolist()
+         for _ in range(2000)]
+    )  # fmt: skip
+    # x: anywhere around 10; y: the border allows 0 and 1; z: only the last box holds the last voxel.
+    assert {axis: set(starts[:, axis]) for axis in range(3)} == {
+        0: {7, 8, 9, 10},
+        1: {0, 1},
+        2: {14},
+    }
+    counts = np.unique(starts[:, 0], return_counts=True)[1]
+    assert counts.min() > 500 - 5 * np.sqrt(2000 * 0.25 * 0.75)
+
+
+def test_lesion_voxels_are_drawn_uniformly():
+    sampler = BalancedSampler(1)
+    voxels = [(0, 0, 0), (5, 6, 7), (19, 23, 17)]
+    labels = labels_with(*voxels)
+    torch.manual_seed(0)
+    found = [
+        tuple(sampler.draw(ramp(), labels, np.flatnonzero(labels)).image.flatten().int().tolist())
+        for _ in range(900)
+    ]
+    assert set(found) == set(voxels)
+    assert min(found.count(voxel) for voxel in voxels) > 300 - 5 * np.sqrt(900 * 2 / 9)
+
+
+def test_no_lesion_asked_for_means_anywhere():
+    sampler = BalancedSampler(4)
+    labels = labels_with((10, 10, 10))
+    torch.manual_seed(0)
+    patches = [sampler.draw(ramp(), labels, np.empty(0, np.int32)) for _ in range(300)]
+    starts = np.array([patch.image[:, 0, 0, 0].tolist() for patch in patches])
+    assert starts.min(0).tolist() == [0, 0, 0]
+    assert starts.max(0).tolist() == [16, 20, 14]
+    assert 0 < sum(bool(patch.labels.any()) for patch in patches) < 30
+
+
+def test_volume_smaller_than_the_patch_is_centred_in_zeros():
+    sampler = BalancedSampler(12)
+    small = np.ones((1, 6, 12, 20), np.float16)
+    patch = sampler.draw(small, np.zeros((6, 12, 20), np.uint8), np.empty(0, np.int32))
+    assert patch.image[0, :, 0, 0].tolist() == [0] * 3 + [1] * 6 + [0] * 3
+    assert patch.image.sum() == 6 * 12 * 12
+
+
+@pytest.mark.parametrize("start", [(-3, 0, 5), (18, 20, -4), (30, 0, 0), (2, 3, 4)])
+def test_cut_is_a_padded_slice(start: tuple[int, int, int]):
+    volume = 1 + np.arange(np.prod(SHAPE)).reshape(SHAPE)
+    padded = np.pad(volume, 40)
+    x, y, z = (s + 40 for s in start)
+    expected = padded[x : x + 8, y : y + 5, z : z + 6]
+    np.testing.assert_array_equal(cut(volume, Box(start, (8, 5, 6))), expected)
+
+
+def test_scaled_patch_shows_its_whole_source_box():
+    """At scale 0.8 a patch of 8 shows 10 voxels: coordinates run over the box, nothing is padded."""
+    sampler = BalancedSampler(8, scale=(0.8, 0.8))
+    torch.manual_seed(0)
+    patch = sampler.draw(ramp(), labels_with(), np.empty(0, np.int32))
+    x = patch.image[0, :, 0, 0]
+    torch.testing.assert_close(x.diff(), torch.full((7,), 10 / 8))
+    assert x[0] % 1 == pytest.approx(0.125)  # half a fine voxel inside the box, as at the other end
+
+
+def test_scaling_agrees_with_scipy_and_keeps_labels_on_the_image():
+    rng = np.random.default_rng(0)
+    image = rng.random((1, 16, 16, 16)).astype(np.float32)
+    labels = (image[0] > 0.5).astype(np.uint8)
+    sampler = BalancedSampler(8, scale=(0.5, 0.5))
+    patch = sampler.draw(image, labels, np.empty(0, np.int32))
+    expected = zoom(image[0], 0.5, order=1, mode="nearest", grid_mode=True)
+    np.testing.assert_allclose(patch.image[0].numpy(), expected, atol=1e-6)
+    # nearest-exact looks at the voxel after the centre of the pair that the image averages
+    np.testing.assert_array_equal(patch.labels.numpy(), labels[1::2, 1::2, 1::2])
+
+
+def test_torchio_queue_can_use_the_sampler_too():
+    labels = labels_with((3, 3, 3))
+    subject = tio.Subject(
+        image=tio.ScalarImage(tensor=torch.from_numpy(ramp())),
+        labels=tio.LabelMap(tensor=torch.from_numpy(labels)[None]),
+    )
+    patches = list(BalancedSampler(8)(subject, 6))
+    assert [patch.spatial_shape for patch in patches] == [(8, 8, 8)] * 6
+    assert sum(bool(patch["labels"].data.any()) for patch in patches) >= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"lesion_share": 1.5}, "lesion_share"), ({"scale": (1.1, 0.9)}, "scale")],
+)
+def test_nonsense_is_refused(arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        BalancedSampler(8, **arguments)

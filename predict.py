@@ -1,7 +1,8 @@
-"""Segment new cases with a trained network; label maps on the grid of the cases. See conf/predict.yaml."""
+"""Segment new cases with a trained network, onto their own grid. See conf/predict.yaml."""
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.utils import instantiate
@@ -10,7 +11,8 @@ from omegaconf.errors import MissingMandatoryValue
 
 from errors import InputError
 
-log = logging.getLogger("predict")
+if TYPE_CHECKING:
+    from datamodules.cases import Case, DataSet
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="predict")
@@ -24,7 +26,7 @@ def main(config: DictConfig) -> None:
             device=config.device,
         )
     except (InputError, MissingMandatoryValue) as error:
-        log.error(error)
+        logging.error(str(error).splitlines()[0])
         raise SystemExit(1) from None
 
 
@@ -35,7 +37,7 @@ def predict(checkpoint: Path, source: Path, output: Path, *, pictures: bool, dev
         InputError: The checkpoint or a case cannot be used; label maps written before stay.
     """
     import torch
-    from rich.progress import track
+    from rich.progress import Progress
 
     from datamodules.cache import Preprocessing, restore
     from datamodules.cases import write_labels
@@ -43,34 +45,59 @@ def predict(checkpoint: Path, source: Path, output: Path, *, pictures: bool, dev
     from lightning_modules.pictures import draw_case
 
     module, config = load(checkpoint)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = module.to(device)
     data_set = instantiate(config["data"]["data_set"], _convert_="all").at(source)
     # All of the brain, whatever crop the patches of the training came from.
     preprocess = Preprocessing(config["data"]["cache"]["spacing_mm"], crop="brain")
-    module = module.to(best_device() if device == "auto" else device)
+    cases = data_set.cases()
     output.mkdir(parents=True, exist_ok=True)
-    for case in track(data_set.cases(), "predicting"):
-        volume = preprocess(case, data_set)
-        image = torch.from_numpy(volume.image).float()[None].to(module.device)
-        with torch.inference_mode():
+    with Progress() as progress, torch.inference_mode():
+        for case in progress.track(cases, description="predicting"):
+            volume = preprocess(case, data_set)
+            image = torch.from_numpy(volume.image).float()[None].to(module.device)
             probabilities = module(image)[0].cpu().numpy()
-        reference = case.images[data_set.modalities[0]]
-        regions = restore(probabilities, volume.affine, reference) > module.threshold
-        write_labels(output / f"{case.name}.nii.gz", data_set.to_labels(regions), reference)
+            reference = case.images[data_set.modalities[0]]
+            regions = restore(probabilities, volume.affine, reference) > module.threshold
+            written = output / f"{case.name}.nii.gz"
+            write_labels(written, data_set.to_labels(regions), reference)
 
-        found = dict(zip(data_set.regions, probabilities > module.threshold, strict=True))
-        rows = {"prediction": found}
-        if case.mask is not None:
-            truth = dict(zip(data_set.regions, data_set.to_regions(volume.labels), strict=True))
-            rows = {"truth": truth, "prediction": found}
-        if pictures:
-            figure = draw_case(volume.image[-1].astype("float32"), rows, title=case.name)
-            figure.savefig(output / f"{case.name}.png", dpi=80)
+            title = case.name
+            masks = {"prediction": probabilities > module.threshold}
+            if case.mask is not None:
+                masks = {"truth": data_set.to_regions(volume.labels), **masks}
+                title = f"{case.name}: {scores(written, case, data_set)}"
+                progress.console.print(title)
+            if pictures:
+                rows = {
+                    name: dict(zip(data_set.regions, by_region, strict=True))
+                    for name, by_region in masks.items()
+                }
+                figure = draw_case(volume.image[-1].astype("float32"), rows, title)
+                figure.savefig(output / f"{case.name}.png", dpi=80)
 
 
-def best_device() -> str:
+def scores(written: Path, case: "Case", data_set: "DataSet") -> str:
+    """Dice of each region between two label files, on the grid that they are stored on."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    from datamodules.cases import read_volume
+    from lightning_modules.metrics.regions import dice
+
+    assert case.mask is not None
+    prediction, truth = (
+        torch.from_numpy(data_set.to_regions(labels))[None]
+        for labels in (
+            read_volume(written)[0].astype("uint8"),
+            data_set.canonical_labels(read_volume(case.mask)[0], case),
+        )
+    )
+    nothing_outside = torch.zeros(truth.shape[:2], dtype=torch.int64)
+    values = dice(prediction, truth, nothing_outside)[0].tolist()
+    return "Dice " + "  ".join(
+        f"{region} {value:.3f}" for region, value in zip(data_set.regions, values, strict=True)
+    )
 
 
 if __name__ == "__main__":

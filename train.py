@@ -11,7 +11,7 @@ import os
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -39,7 +39,9 @@ def run_id(*, _root_: DictConfig) -> str:
         node = _root_._get_node(key)
         is_tree = OmegaConf.is_config(node)
         body[key] = (
-            OmegaConf.to_container(node, resolve=key not in NOT_RESOLVED) if is_tree else _root_[key]
+            OmegaConf.to_container(node, resolve=key not in NOT_RESOLVED)
+            if is_tree
+            else _root_[key]
         )
     del body["data"]["num_workers"]  # changes no patch
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:8]
@@ -107,11 +109,11 @@ def run(config: DictConfig, folder: Path):  # noqa: ANN201  (Results is imported
     )
 
     keep_wandb_at_home(folder)
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    quieten_lightning()
     pl.seed_everything(config.seed, workers=True)
     build = partial(instantiate, _convert_="all")  # plain lists and dicts from here on
     module, datamodule, trainer = build(config.module), build(config.data), build(config.trainer)
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     trainer.callbacks.append(SaveConfig(plain))
 
     last = folder / "last.ckpt"
@@ -148,13 +150,29 @@ def run(config: DictConfig, folder: Path):  # noqa: ANN201  (Results is imported
 
 
 def keep_wandb_at_home(folder: Path) -> None:
-    """Stage artifacts in the run's folder, and send no usage reports; the user's word goes first."""
+    """Stage artifacts beside the runs and send no usage reports, unless the user says so."""
     for variable, value in {
         "WANDB_ERROR_REPORTING": "false",
-        "WANDB_DATA_DIR": str(folder / "wandb"),
-        "WANDB_CACHE_DIR": str(folder / "wandb"),
+        "WANDB_DATA_DIR": str(folder.parent / "wandb"),
+        "WANDB_CACHE_DIR": str(folder.parent / "wandb"),
     }.items():
         os.environ.setdefault(variable, value)
+
+
+def quieten_lightning() -> None:
+    """Leave out what Lightning says of choices that are meant, and its advertisements."""
+    for message in (
+        "The '.*_dataloader' does not have many workers",  # reading is cheap, see data.num_workers
+        "Checkpoint directory .* exists and is not empty",  # a run's folder holds all of it
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 under torch 2.13
+    ):
+        warnings.filterwarnings("ignore", message)
+    rank_zero = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    rank_zero.addFilter(is_no_advertisement)
+
+
+def is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 if __name__ == "__main__":

@@ -45,11 +45,10 @@ class Volumes(Dataset[dict[str, Any]]):
 
     def outside(self, case: CachedCase) -> np.ndarray:
         """True voxels of each region (R,) that the crop has cut off."""
-        regions = [
-            self.data_set.to_regions(np.full((1, 1, 1), label, np.uint8)).reshape(-1) * count
-            for label, count in case.outside.items()
-        ]
-        return np.sum(regions, axis=0, dtype=np.int64)
+        voxels = np.zeros(len(self.data_set.regions), np.int64)
+        for label, count in case.outside.items():
+            voxels += count * self.data_set.to_regions(np.full((1, 1, 1), label, np.uint8)).ravel()
+        return voxels
 
     def dry_iter(self) -> list[tio.Subject]:
         """TorchIO's queue asks for its subjects without their voxels."""
@@ -96,7 +95,7 @@ class PatchQueue(tio.Queue):
         self.with_lesion = [index for index, case in enumerate(cases) if len(case.lesion)]
         if sampler.lesion_share and not self.with_lesion:
             raise InputError(
-                f"sampler.lesion_share: {float(sampler.lesion_share)} of the patches are to contain "
+                f"sampler.lesion_share: {float(sampler.lesion_share)} of the patches are to have "
                 f"a lesion, but none of the {len(cases)} training cases has one"
             )
         self.data_set = data_set
@@ -108,7 +107,7 @@ class PatchQueue(tio.Queue):
     def iterations_per_epoch(self) -> int:
         return self.max_length
 
-    def __getitem__(self, key: PatchKey | int) -> dict[str, Any]:
+    def __getitem__(self, key: PatchKey | int) -> dict[str, Any]:  # pyright: ignore
         # Lightning's `overfit_batches` replaces our sampler by a plain one: always the first epoch.
         epoch, index = key if isinstance(key, tuple) else (0, key)
         wants_lesion = self.balance.wants_lesion(index)
@@ -116,8 +115,8 @@ class PatchQueue(tio.Queue):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(self.seed, epoch, index))
             lesion = case.lesion if wants_lesion else case.lesion[:0]
-            patch = as_subject(self.balance.draw(case.image, case.labels, lesion))
-            patch = self.augmentation(patch)
+            drawn = self.balance.draw(case.image, case.labels, lesion)
+            patch: Any = self.augmentation(as_subject(drawn))
         labels = patch["labels"].data[0].numpy().astype(np.uint8)
         return {
             "image": patch["image"].data,
@@ -225,7 +224,8 @@ class PatchDataModule(pl.LightningDataModule):
         )
         # A resumed run starts its workers before Lightning tells the sampler the epoch, and before
         # `current_epoch` counts the epoch that the checkpoint ended (pytorch-lightning#21938).
-        keys.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        progress: Any = self.trainer.fit_loop.epoch_progress.current
+        keys.set_epoch(progress.processed)
         return DataLoader(
             queue,
             batch_size=self.batch_size,

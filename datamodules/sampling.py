@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,7 +107,8 @@ class BalancedSampler(PatchSampler):
         self, subject: tio.Subject, num_patches: int | None = None
     ) -> Generator[tio.Subject]:
         """TorchIO's interface: patches of one subject with `image` and `labels`, in balance."""
-        image, labels = subject["image"].data.numpy(), subject["labels"].data[0].numpy()
+        images: Any = subject
+        image, labels = images["image"].data.numpy(), images["labels"].data[0].numpy()
         lesion = np.flatnonzero(labels)
         index = 0
         while num_patches is None or index < num_patches:
@@ -135,9 +136,7 @@ def cut(volume: np.ndarray, box: Box) -> np.ndarray:
     return result
 
 
-def _start(
-    extents: Sequence[int], size: Sequence[int], lesion: np.ndarray
-) -> tuple[int, int, int]:
+def _start(extents: Sequence[int], size: Sequence[int], lesion: np.ndarray) -> tuple[int, int, int]:
     """First voxel of a random box inside the volume; around one of the lesion's voxels, if any."""
     ranges = [_inside(extent, side) for extent, side in zip(extents, size, strict=True)]
     if len(lesion):

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_modules.checkpoint import CONFIG_KEY
 from lightning_modules.metrics import RegionMetrics
 from lightning_modules.pictures import busiest_slice, draw_case, plane
-from lightning_modules.segmentation import Batch
+from lightning_modules.segmentation import Batch, VolumeBatch
 
 
 class SaveConfig(Callback):
@@ -56,8 +56,8 @@ class LogSlices(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Tensor,
-        batch: Batch,
+        outputs: Any,  # noqa: ANN401  (what `score` returns: masks, (B, R, X, Y, Z))
+        batch: VolumeBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -68,7 +68,7 @@ class LogSlices(Callback):
 
             image = as_array(batch["image"][0, self.channel])
             truth, prediction = as_array(batch["mask"][0]), as_array(outputs[0])
-            position = busiest_slice(truth.any(0), axis=2)
+            position = busiest_slice(truth[0], axis=2)
             names = {0: "background", **dict(enumerate(regions_of(trainer), start=1))}
             masks = {
                 name: {"mask_data": plane(innermost(regions), 2, position), "class_labels": names}
@@ -100,12 +100,11 @@ class CaseTable(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Tensor,
-        batch: Batch,
+        outputs: Any,  # noqa: ANN401  (what `score` returns: masks, (B, R, X, Y, Z))
+        batch: VolumeBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        assert "index" in batch
         self.names.update(zip(batch["index"].tolist(), batch["case"], strict=True))
         metrics = pl_module.get_submodule("metrics.test")
         assert isinstance(metrics, RegionMetrics)
@@ -137,8 +136,8 @@ class CasePictures(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Tensor,
-        batch: Batch,
+        outputs: Any,  # noqa: ANN401  (what `score` returns: masks, (B, R, X, Y, Z))
+        batch: VolumeBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -175,6 +174,7 @@ def innermost(regions: np.ndarray) -> np.ndarray:
 
 
 def display_range(values: np.ndarray) -> np.ndarray:
-    """Intensities as bytes, from the darkest to the 99.5th percentile."""
+    """Intensities as bytes, from the darkest to the 99.5th percentile; nothing (0) is black."""
     low, high = values.min(), np.percentile(values, 99.5)
+    values = np.where(values == 0, low, values)
     return (255 * np.clip((values - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)

@@ -44,11 +44,12 @@ def draw_case(
     positions = [busiest_slice(shown, axis) for axis in PLANES.values()]
     brain = image[image != 0]
     low, high = np.percentile(brain, (1, 99.5)) if brain.size else (0, 1)
+    scan = np.where(image == 0, low, image)  # outside the brain 0 stands for nothing, not for grey
     figure = Figure(figsize=(9, 3 * len(rows) + 4), facecolor="black", layout="constrained")
     axes = figure.subplots(len(rows) + 1, len(PLANES))
     for line, (name, regions) in zip(axes, {"scan": {}, **rows}.items(), strict=True):
         for ax, (label, axis), position in zip(line, PLANES.items(), positions, strict=True):
-            ax.imshow(plane(image, axis, position), cmap="gray", vmin=low, vmax=high)
+            ax.imshow(plane(scan, axis, position), cmap="gray", vmin=low, vmax=high)
             for mask, colour in zip(regions.values(), REGION_COLOURS, strict=False):
                 area = plane(mask, axis, position)
                 if area.any():

@@ -119,7 +119,9 @@ def show(results: Results, folder: Path) -> None:
     checkpoint = folder / results.checkpoint
     last = folder / "last.ckpt"
     table.add_row("go on", f"python train.py ... trainer.max_epochs=MORE resume={last}")
-    table.add_row("predict", f"python predict.py checkpoint={checkpoint} input=FOLDER output=FOLDER")
+    table.add_row(
+        "predict", f"python predict.py checkpoint={checkpoint} input=FOLDER output=FOLDER"
+    )
     table.add_row("sync", f"wandb sync {folder}/wandb/offline-run-*")
     Console().print(table)
 

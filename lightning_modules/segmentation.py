@@ -1,7 +1,7 @@
 """Training on patches, scoring on whole volumes."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -18,13 +18,18 @@ MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 
 class Batch(TypedDict):
-    """What the data module serves; `outside` and `index` with whole volumes only."""
+    """Patches or whole volumes, as the data module serves them."""
 
     image: Tensor  # (B, C, X, Y, Z)
     mask: Tensor  # (B, R, X, Y, Z), bool
     case: list[str]
-    outside: NotRequired[Tensor]  # (B, R), true voxels that the crop has cut off
-    index: NotRequired[Tensor]  # (B,), position in the data set
+
+
+class VolumeBatch(Batch):
+    """Whole volumes, for validation and testing."""
+
+    outside: Tensor  # (B, R), true voxels that the crop has cut off
+    index: Tensor  # (B,), place in the data set
 
 
 class SegmentationNetwork(Protocol):
@@ -63,14 +68,14 @@ class SegmentationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
-        self.network: Any = network.to(memory_format=self.memory_format)
+        self.network: Any = network.to(memory_format=self.memory_format)  # pyright: ignore
         self.loss = loss
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.inference = inference
         self.threshold = threshold
-        self.metrics = nn.ModuleDict(
-            {"val": RegionMetrics(loss.regions), "test": RegionMetrics(loss.regions)}
+        self.metrics: Any = nn.ModuleDict(
+            {stage: RegionMetrics(loss.regions) for stage in ("val", "test")}
         )
 
     def forward(self, image: Tensor) -> Tensor:
@@ -109,15 +114,14 @@ class SegmentationModule(pl.LightningModule):
                 "optimizer.lr or look at these images"
             )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: VolumeBatch, batch_idx: int) -> Tensor:
         return self.score(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def test_step(self, batch: VolumeBatch, batch_idx: int) -> Tensor:
         return self.score(batch, "test")
 
-    def score(self, batch: Batch, stage: str) -> Tensor:
+    def score(self, batch: VolumeBatch, stage: str) -> Tensor:
         """Score whole volumes; returns the predicted masks (B, R, X, Y, Z), for callbacks."""
-        assert "outside" in batch and "index" in batch
         logits = self.logits(batch["image"])
         loss = self.loss(logits, batch["mask"])["loss"]
         self.log(f"{stage}/loss", loss, batch_size=len(batch["image"]), sync_dist=True)
@@ -132,10 +136,8 @@ class SegmentationModule(pl.LightningModule):
         self.log_metrics("test")
 
     def log_metrics(self, stage: str) -> None:
-        metrics = self.metrics[stage]
-        assert isinstance(metrics, RegionMetrics)
-        values = metrics.compute()
-        metrics.reset()
+        values = self.metrics[stage].compute()
+        self.metrics[stage].reset()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of eight types)

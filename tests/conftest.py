@@ -77,7 +77,6 @@ def tiny(brats: Path, cache_root: Path, tmp_path: Path) -> list[str]:
         "trainer.max_epochs=1",
         "trainer.accelerator=cpu",
         "+trainer.enable_progress_bar=false",
-        "+trainer.enable_model_summary=false",
         f"run_dir={tmp_path}/run",
     ]
 

@@ -61,7 +61,10 @@ def test_segmentation_part_is_as_large_as_monais():
 
 @pytest.mark.parametrize(
     ("norm", "downsampling", "ratio", "depth"),
-    [(*choice, *size) for choice, size in product(product(NORMS, DOWNSAMPLINGS), [(1.5, 3), (2, 4)])],
+    [
+        (*choice, *size)
+        for choice, size in product(product(NORMS, DOWNSAMPLINGS), [(1.5, 3), (2, 4)])
+    ],
 )
 def test_every_choice_runs_and_every_weight_learns(
     norm: str, downsampling: str, ratio: float, depth: int
@@ -121,7 +124,9 @@ def test_a_size_that_the_depth_does_not_divide_is_refused():
 def test_downsampling_choices_cost_the_same():
     sizes = {name: parameters(make(8, 16)) for name, make in DOWNSAMPLINGS.items()}
     assert len(set(sizes.values())) == 1
-    halves = {tuple(make(8, 16)(torch.randn(1, 8, 8, 9, 10)).shape) for make in DOWNSAMPLINGS.values()}
+    halves = {
+        tuple(make(8, 16)(torch.randn(1, 8, 8, 9, 10)).shape) for make in DOWNSAMPLINGS.values()
+    }
     assert halves == {(1, 16, 4, 5, 5)}
 
 

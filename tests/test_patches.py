@@ -89,7 +89,9 @@ def test_seed_and_epoch_change_everything(brats: Path, cache_root: Path):
     patches = queue(brats, cache_root)
     first = stream(patches)
     for other in (stream(patches, epoch=1), stream(queue(brats, cache_root, seed=1))):
-        assert not any(torch.equal(a["image"], b["image"]) for a, b in zip(first, other, strict=True))
+        assert not any(
+            torch.equal(a["image"], b["image"]) for a, b in zip(first, other, strict=True)
+        )
 
 
 def test_augmentation_moves_image_and_mask_together(tmp_path: Path):
@@ -100,7 +102,9 @@ def test_augmentation_moves_image_and_mask_together(tmp_path: Path):
     patches = PatchQueue(cases, data_set, sampler, FLIP, patches_per_epoch=20, seed=0)
     for index in range(20):
         patch = patches[0, index]
-        bright = patch["image"][3] > 0.1  # z-scores: about -0.4 in healthy tissue, 0.6 and more in it
+        bright = (
+            patch["image"][3] > 0.1
+        )  # z-scores: about -0.4 in healthy tissue, 0.6 and more in it
         assert torch.equal(bright, patch["mask"][0])
 
 
@@ -217,3 +221,9 @@ def test_voxels_outside_the_crop_are_counted_by_region(tmp_path: Path):
     seen = volumes[0]
     assert (seen["mask"].sum((1, 2, 3)) + seen["outside"]).tolist() == whole.tolist()
     assert seen["outside"][0] > 0
+
+
+def test_nothing_is_outside_of_a_case_without_lesions(tmp_path: Path):
+    data_set = BraTS(write_brats(tmp_path / "data", cases=1, with_masks=False))
+    cases = Cache(tmp_path / "cache", 1, "brain").build(data_set.cases(), data_set)
+    assert Volumes(cases, data_set)[0]["outside"].tolist() == [0, 0, 0]

@@ -65,7 +65,7 @@ def test_every_box_around_the_voxel_is_as_likely():
         [sampler.draw(ramp(), labels, np.flatnonzero(labels)).image[:, 0, 0, 0].tolist()
          for _ in range(2000)]
     )  # fmt: skip
-    # x: anywhere around 10; y: the border allows 0 and 1; z: only the last box holds the last voxel.
+    # x: anywhere around 10; y: the border allows 0 and 1; z: only the last box.
     assert {axis: set(starts[:, axis]) for axis in range(3)} == {
         0: {7, 8, 9, 10},
         1: {0, 1},
@@ -117,7 +117,7 @@ def test_cut_is_a_padded_slice(start: tuple[int, int, int]):
 
 
 def test_scaled_patch_shows_its_whole_source_box():
-    """At scale 0.8 a patch of 8 shows 10 voxels: coordinates run over the box, nothing is padded."""
+    """At scale 0.8 a patch of 8 shows 10 voxels: coordinates run over them, none is padded."""
     sampler = BalancedSampler(8, scale=(0.8, 0.8))
     torch.manual_seed(0)
     patch = sampler.draw(ramp(), labels_with(), np.empty(0, np.int32))

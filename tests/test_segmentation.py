@@ -135,7 +135,9 @@ def test_scores_of_whole_volumes_reach_the_log():
 @pytest.mark.parametrize("amp", ["32-true", "bf16-mixed"])
 def test_precision_is_a_choice(amp: str, composed: Compose):
     """Every term stays finite and float32 in mixed precision."""
-    config = composed(f"trainer.precision={amp}", "data.sampler.patch_size=16", "model.bottleneck=4")
+    config = composed(
+        f"trainer.precision={amp}", "data.sampler.patch_size=16", "model.bottleneck=4"
+    )
     trained = instantiate(config.module, _convert_="all")
     enabled = amp != "32-true"
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):

@@ -52,7 +52,13 @@ def test_a_sweep_is_two_runs_with_results_and_dashboards(tiny: list[str], tmp_pa
         assert results.choices["norm"] == norm
         assert 0 <= results.metrics["test/dice_WT"] <= 1
         assert f"test/dice {results.metrics['test/dice']:.3f}".split("/")[1] in done.stdout
-        for name in ("best.ckpt", "last.ckpt", "split.json", "cases.csv", "csv/metrics.csv"):
+        for name in (
+            "best.ckpt",
+            "last.ckpt",
+            "split.json",
+            "cases.csv",
+            "csv/version_0/metrics.csv",
+        ):
             assert (folder / name).is_file(), name
         rows = (folder / "cases.csv").read_text().splitlines()
         assert rows[0] == "case,dice_WT,dice_TC,dice_ET"
@@ -64,25 +70,26 @@ def test_a_sweep_is_two_runs_with_results_and_dashboards(tiny: list[str], tmp_pa
 
 
 def check_dashboard(folder: Path, norm: str) -> None:
-    text = json.dumps(found := records(folder))
+    found = records(folder)
     run = next(record["run"] for record in found if "run" in record)
-    assert run["run_id"] == folder.name
+    assert run["run_id"] == run["display_name"] == folder.name
     assert run["run_group"] == "proxy"
     assert {"brats", "aeunet", norm} <= set(run["tags"])
-    logged = {
-        item.get("key") or ".".join(item["nested_key"])
-        for record in found
-        for item in record.get("history", {}).get("item", [])
-    }
+    history = [record["history"]["item"] for record in found if "history" in record]
+    logged = {key for item in history for key in item}
     terms = {f"train/{term}_step" for term in ("dice_WT", "dice_TC", "dice_ET", "l2", "kl", "loss")}
     scores = {f"{stage}/dice_{r}" for stage in ("val", "test") for r in ("WT", "TC", "ET")}
     assert terms | scores | {"lr-Adam", "val/loss"} <= logged
-    assert any(key.startswith("val/slice/") for key in logged)
-    assert "test/cases" in logged
-    assert "test/pictures" in logged
-    assert '"downsampling"' in text  # nested configuration
-    images = list(folder.glob("wandb/offline-run-*/files/media/images/**/*.png"))
-    assert len(images) >= 3
+    for name in ("val/slice/", "test/cases", "test/pictures"):
+        assert any(key.startswith(name) for key in logged), name
+    tested = next(item["test/dice_WT"] for item in history if "test/dice_WT" in item)
+    assert tested == pytest.approx(Results.read(folder).metrics["test/dice_WT"])
+    config = json.dumps([record["config"] for record in found if "config" in record])
+    assert '"bottleneck": 4' in config  # nested, as in the files
+    masks = list(folder.glob("wandb/offline-run-*/files/media/images/mask/**/*.png"))
+    assert len(masks) >= 2
+    last = next(record["exit"] for record in found if "exit" in record)
+    assert last.get("exit_code", 0) == 0
 
 
 def test_a_finished_run_is_not_trained_again(composed: Compose, tiny: list[str], capsys):
@@ -118,7 +125,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     whole = composed(*common, f"run_dir={tmp_path}/whole")
     train.train(whole)
     broken = composed(
-        *common, f"run_dir={tmp_path}/broken", "+callbacks.stop._target_=tests.test_train.StopAtEpoch"
+        *common,
+        f"run_dir={tmp_path}/broken",
+        "+callbacks.stop._target_=tests.test_train.StopAtEpoch",
     )
     with pytest.raises(ConnectionAbortedError):
         train.train(broken)
@@ -137,7 +146,9 @@ def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: l
     assert not module.training
     assert any(isinstance(m, torch.nn.BatchNorm3d) for m in module.modules())
     with pytest.raises(InputError, match=r"architecture: model.depth is 4 there and 3 here"):
-        train.train(composed(*tiny, "model.depth=3", f"resume={config.run_dir}/best.ckpt", "again=true"))
+        train.train(
+            composed(*tiny, "model.depth=3", f"resume={config.run_dir}/best.ckpt", "again=true")
+        )
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class RegionMetrics(Metric):
         self.add_state("dice", default=[], dist_reduce_fx="cat")
 
     def update(self, prediction: Tensor, truth: Tensor, outside: Tensor, index: Tensor) -> None:
-        """Add cases: masks (B, R, X, Y, Z), cut-off voxels (B, R), position in the data set (B,)."""
+        """Add cases: masks (B, R, X, Y, Z), voxels cut off (B, R), place in the data set (B,)."""
         self.index.append(index)
         # float32 is what every device has; the sums behind it were exact.
         self.dice.append(dice(prediction, truth, outside).float())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         down = [nn.Conv3d(in_channels, filters[0], 3, padding=1, bias=False)]
-        down += [downsampling(*pair) for pair in zip(filters[:-1], filters[1:], strict=True)]
+        down += [downsampling(*pair) for pair in pairwise(filters)]
         self.down = nn.ModuleList(down)
         self.levels = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width, norm, activation) for _ in range(blocks)))
@@ -89,9 +89,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         coarse_to_fine = list(filters)[::-1]
-        self.up = nn.ModuleList(
-            Upsample(*pair) for pair in zip(coarse_to_fine[:-1], coarse_to_fine[1:], strict=True)
-        )
+        self.up = nn.ModuleList(Upsample(*pair) for pair in pairwise(coarse_to_fine))
         self.levels = nn.ModuleList(
             ResidualBlock(width, norm, activation) for width in coarse_to_fine[1:]
         )
@@ -182,7 +180,7 @@ class AEUNet(nn.Module):
         depth: int = 4,
         bottleneck: int = 128,
         norm: MakeNorm = GroupNorm,
-        activation: MakeActivation = partial(nn.LeakyReLU, inplace=True),
+        activation: MakeActivation = nn.LeakyReLU,
         downsampling: MakeDownsampling = StridedConv,
     ) -> None:
         super().__init__()

@@ -106,9 +106,9 @@ class Preprocessing:
             zip(data_set.modalities, images, foregrounds, strict=True)
         ):
             mean, deviation = _moments(voxels[foreground], case.images[modality])
-            z_scores = (_cut(voxels, start, shape) - mean) / deviation
-            image[channel] = np.where(_cut(foreground, start, shape), z_scores, 0)
-        inside = _cut(labels, start, shape)
+            z_scores = (cut(voxels, start, shape) - mean) / deviation
+            image[channel] = np.where(cut(foreground, start, shape), z_scores, 0)
+        inside = cut(labels, start, shape)
         offset = np.eye(4)
         offset[:3, 3] = start
         return Volume(
@@ -243,13 +243,16 @@ def _moments(voxels: np.ndarray, path: Path) -> tuple[float, float]:
     raise InputError(f"{path}: expected different values in the brain, found one or no brain")
 
 
-def _cut(volume: np.ndarray, start: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """A box of a volume, zeros where it reaches beyond."""
-    box = np.zeros(shape, volume.dtype)
-    low = np.maximum(start, 0)
-    high = np.minimum(start + shape, volume.shape)
-    target = tuple(map(slice, low - start, high - start))
-    box[target] = volume[tuple(map(slice, low, high))]
+def cut(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """A copy of a box of (..., X, Y, Z), zero (background) where it reaches beyond the volume."""
+    inside, target = [], []
+    for first, side, extent in zip(start, size, volume.shape[-3:], strict=True):
+        low = min(max(first, 0), extent)
+        high = max(min(first + side, extent), low)
+        inside.append(slice(low, high))
+        target.append(slice(low - first, high - first) if high > low else slice(0))
+    box = np.zeros((*volume.shape[:-3], *size), volume.dtype)
+    box[(..., *target)] = volume[(..., *inside)]
     return box
 
 

@@ -11,12 +11,7 @@ import torchio as tio
 from torch import Tensor
 from torchio.data import PatchSampler
 
-
-class Box(NamedTuple):
-    """A box in a volume: first voxel and size; parts of it may lie outside."""
-
-    start: tuple[int, int, int]
-    size: tuple[int, int, int]
+from datamodules.cache import cut
 
 
 class Patch(NamedTuple):
@@ -92,9 +87,9 @@ class BalancedSampler(PatchSampler):
         self, image: np.ndarray, labels: np.ndarray, lesion: np.ndarray, scale: float
     ) -> Patch:
         size = _triple(max(1, round(side / scale)) for side in self.size)
-        box = Box(_start(labels.shape, size, lesion), size)
-        box_image = torch.from_numpy(cut(image, box)).float()
-        box_labels = torch.from_numpy(cut(labels, box))
+        start = _start(labels.shape, size, lesion)
+        box_image = torch.from_numpy(cut(image, start, size)).float()
+        box_labels = torch.from_numpy(cut(labels, start, size))
         if size == self.size:
             return Patch(box_image, box_labels)
         return Patch(
@@ -122,18 +117,6 @@ def as_subject(patch: Patch) -> tio.Subject:
     return tio.Subject(
         image=tio.ScalarImage(tensor=patch.image), labels=tio.LabelMap(tensor=patch.labels[None])
     )
-
-
-def cut(volume: np.ndarray, box: Box) -> np.ndarray:
-    """A copy of the box from (..., X, Y, Z), zero (background) where it leaves the volume."""
-    inside, target = [], []
-    for start, size, extent in zip(box.start, box.size, volume.shape[-3:], strict=True):
-        first, last = max(start, 0), min(start + size, extent)
-        inside.append(slice(first, max(first, last)))
-        target.append(slice(first - start, max(first, last) - start))
-    result = np.zeros((*volume.shape[:-3], *box.size), volume.dtype)
-    result[(..., *target)] = volume[(..., *inside)]
-    return result
 
 
 def _start(extents: Sequence[int], size: Sequence[int], lesion: np.ndarray) -> tuple[int, int, int]:

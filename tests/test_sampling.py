@@ -8,7 +8,8 @@ import torch
 import torchio as tio
 from scipy.ndimage import zoom
 
-from datamodules.sampling import BalancedSampler, Box, cut
+from datamodules.cache import cut
+from datamodules.sampling import BalancedSampler
 
 SHAPE = (20, 24, 18)
 
@@ -113,7 +114,7 @@ def test_cut_is_a_padded_slice(start: tuple[int, int, int]):
     padded = np.pad(volume, 40)
     x, y, z = (s + 40 for s in start)
     expected = padded[x : x + 8, y : y + 5, z : z + 6]
-    np.testing.assert_array_equal(cut(volume, Box(start, (8, 5, 6))), expected)
+    np.testing.assert_array_equal(cut(volume, start, (8, 5, 6)), expected)
 
 
 def test_scaled_patch_shows_its_whole_source_box():

@@ -157,7 +157,7 @@ def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: l
         ("data.sampler.patch_size=20", "patch_size: 20x20x20 is not divisible by 8"),
         ("data.data_set.root=nowhere", "nowhere"),
         ("data.data_set.modalities=[t1,t9]", "t9"),
-        ("data.split.test=0.99", "split"),
+        ("split.test=0.99", "split"),
         ("resume=nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
         ("optimizer.lr=1e30", "not finite at step"),
     ],

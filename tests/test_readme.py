@@ -1,0 +1,60 @@
+"""Every command of the README runs, on tiny data in place of the user's."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+import train
+from tests.conftest import ROOT
+
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def test_every_kind_of_command_is_known():
+    assert len(COMMANDS) >= 8
+    for command in COMMANDS:
+        assert command.startswith(("make ", "python train.py", "python predict.py", "python -m "))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_make(command: str):
+    """Run by hand and by CI: here, that the targets exist and what they would do."""
+    done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert {"demo": "python train.py", "test": "python -m pytest"}[
+        command.split()[1]
+    ] in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python")])
+def test_python(
+    command: str, composed: Callable[..., DictConfig], tiny: list[str], brats: Path, tmp_path: Path
+):
+    if "RUN" in command:
+        config = composed(*tiny, "logger=csv", "trainer=debug")
+        train.train(config)
+        command = command.replace("runs/proxy/RUN", config.run_dir)
+        command = command.replace("output=predictions", f"output={tmp_path}/out")
+    words = shlex.split(command.replace("FOLDER", str(brats)))
+    if "train.py" in words and "--help" not in words:
+        ours = [o for o in tiny if not o.startswith(("run_dir", "data.data_set.root"))]
+        ours += [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}", "logger=csv"]
+        words += [*ours, f"data.data_set.root={brats}", "filters.base=8", "trainer=debug"]
+    if "datamodules.phantom" in words:
+        words[words.index("data/phantom-1mm")] = str(tmp_path / "phantoms")
+        words[words.index("1")] = "4"
+        words[words.index("100")] = "1"
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search(r"Traceback|Error", done.stderr)

@@ -887,7 +887,7 @@ def write_phantoms(
         for job in track(jobs, "phantoms", disable=not jobs):
             _write_case(*job)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
         futures = [pool.submit(_write_case, *job) for job in jobs]
         for future in track(as_completed(futures), "phantoms", total=len(futures)):
             future.result()
@@ -924,6 +924,13 @@ class Phantoms(BraTS):
 
     def cases(self) -> list[Case]:
         return super().cases()[: self.count]
+
+
+def _one_thread() -> None:
+    """There is a process per core already: threads of BLAS would only get in each other's way."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
 
 
 def _claim(root: Path, settings: dict[str, float]) -> None:

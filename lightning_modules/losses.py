@@ -54,13 +54,17 @@ class RegionLoss(nn.Module):
 
     Args:
         weights: Weight of each region, in the order of the network's output channels.
-        smooth: s of equation 1.
+        smooth_mm3: s of equation 1 as a volume. The paper's 100 voxels are 100 mm³; on a coarser
+            grid 100 voxels would outweigh small regions.
+        spacing_mm: Edge of a voxel.
     """
 
-    def __init__(self, weights: Mapping[str, float], smooth: float = 100.0) -> None:
+    def __init__(
+        self, weights: Mapping[str, float], smooth_mm3: float = 100.0, spacing_mm: float = 1.0
+    ) -> None:
         super().__init__()
         self.regions = list(weights)
-        self.smooth = smooth
+        self.smooth = smooth_mm3 / spacing_mm**3
         self.weights: Tensor
         self.register_buffer("weights", torch.tensor(list(weights.values())), persistent=False)
 

@@ -65,7 +65,7 @@ def test_kl_is_twice_the_textbook_divergence():
 
 
 def test_weighted_sum_names_every_region():
-    loss = RegionLoss({"WT": 0.5, "ET": 0.2}, smooth=1)
+    loss = RegionLoss({"WT": 0.5, "ET": 0.2}, smooth_mm3=8, spacing_mm=2)
     logits, mask = torch.randn(2, 2, 4, 4, 4), torch.rand(2, 2, 4, 4, 4) > 0.5
     terms = loss(logits, mask)
     wt, et = soft_dice(logits, mask, smooth=1)

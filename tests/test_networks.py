@@ -111,7 +111,7 @@ def test_segment_is_the_logits_without_the_autoencoder():
 @pytest.mark.parametrize("side", [8, 24, 40])
 def test_any_size_that_the_depth_divides(side: int):
     network = AEUNet(filters=8, patch_size=(side, 16, 8), bottleneck=4)
-    image = torch.randn(1, 4, side, 16, 8)
+    image = torch.randn(2, 4, side, 16, 8)  # two: one is slow on a CPU
     assert network(image).reconstruction.shape == image.shape
     assert network.segment(torch.randn(1, 4, 16, 8, 32)).shape == (1, 3, 16, 8, 32)
 
@@ -128,6 +128,17 @@ def test_downsampling_choices_cost_the_same():
         tuple(make(8, 16)(torch.randn(1, 8, 8, 9, 10)).shape) for make in DOWNSAMPLINGS.values()
     }
     assert halves == {(1, 16, 4, 5, 5)}
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(8, 2), (16, 4), (24, 6), (32, 8), (40, 8), (56, 8), (256, 8)]
+)
+def test_groups_have_at_least_four_channels(channels: int, groups: int):
+    norm = GroupNorm(channels)
+    assert norm.num_groups == groups
+    assert channels % groups == 0
+    x = 5 + 3 * torch.randn(2, channels, 4, 4, 4)
+    torch.testing.assert_close(norm(x), nn.GroupNorm(groups, channels)(x))
 
 
 def test_residual_block_is_the_identity_without_its_convolutions():

@@ -27,10 +27,17 @@ def widths(base: int, ratio: float, depth: int) -> list[int]:
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` that is called like every other norm: with the channels alone."""
+    """`nn.GroupNorm` that is called like every other norm: with the channels alone.
 
-    def __init__(self, channels: int, groups: int = 8) -> None:
-        super().__init__(groups, channels)
+    Args:
+        channels: A multiple of 8.
+        groups: At most so many.
+        least_channels: Of a group. The paper's 32 filters have 4 in each of 8 groups; 8 groups of
+            a proxy's 8 filters would be instance norm, which takes from a patch how bright it is.
+    """
+
+    def __init__(self, channels: int, groups: int = 8, least_channels: int = 4) -> None:
+        super().__init__(min(groups, channels // least_channels), channels)
 
 
 class StridedConv(nn.Conv3d):

@@ -202,6 +202,7 @@ def quieten_lightning() -> None:
     for message in (
         "The '.*_dataloader' does not have many workers",  # reading is cheap, see data.num_workers
         "Checkpoint directory .* exists and is not empty",  # a run's folder holds all of it
+        "You requested to overfit but enabled train dataloader shuffling",  # it is no shuffling
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 under torch 2.13
     ):
         warnings.filterwarnings("ignore", message)

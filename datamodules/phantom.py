@@ -825,7 +825,15 @@ def make_phantom(seed: int, index: int, spacing_mm: float) -> Phantom:
         index: Of the case; every pair of seed and index is a patient of its own.
         spacing_mm: Edge of a voxel; 1 gives the grid of BraTS, 240 x 240 x 155.
     """
-    draw = _Draw(seed, index)
+    from threadpoolctl import threadpool_limits
+
+    # Sums over several threads round differently; and there is a process per core already.
+    with threadpool_limits(1):
+        return _phantom(_Draw(seed, index), spacing_mm)
+
+
+def _phantom(draw: _Draw, spacing_mm: float) -> Phantom:
+    """What `make_phantom` makes, from the random numbers of one case."""
     warp = _warp(draw)
     survey = _survey(draw, warp, _foci(draw, warp))
     plan = _plan(draw, survey, _grade(draw))
@@ -887,7 +895,7 @@ def write_phantoms(
         for job in track(jobs, "phantoms", disable=not jobs):
             _write_case(*job)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         futures = [pool.submit(_write_case, *job) for job in jobs]
         for future in track(as_completed(futures), "phantoms", total=len(futures)):
             future.result()
@@ -924,13 +932,6 @@ class Phantoms(BraTS):
 
     def cases(self) -> list[Case]:
         return super().cases()[: self.count]
-
-
-def _one_thread() -> None:
-    """There is a process per core already: threads of BLAS would only get in each other's way."""
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(1)
 
 
 def _claim(root: Path, settings: dict[str, float]) -> None:

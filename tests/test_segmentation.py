@@ -72,7 +72,7 @@ def test_one_batch_is_learnt():
     data = batch()  # seeds, too
     trained = module(AEUNet(filters=8, patch_size=16, bottleneck=4), AutoencoderModule)
     optimizer = trained.configure_optimizers()["optimizer"]
-    for _ in range(50):
+    for _ in range(70):
         terms = trained.terms(data)  # pyright: ignore
         optimizer.zero_grad()
         terms["loss"].backward()

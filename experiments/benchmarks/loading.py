@@ -77,7 +77,7 @@ def our_patches(cached: list, data_set: object, count: int) -> Iterator[object]:
     from datamodules.sampling import BalancedSampler
 
     sampler = BalancedSampler(PATCH_SIZE, LESION_SHARE, SCALE)
-    flip = tio.RandomFlip(axes=(0, 1, 2), flip_probability=0.5)
+    flip = tio.RandomFlip(axes=(0, 1, 2), flip_probability=0.5, copy=False)
     queue = PatchQueue(cached, data_set, sampler, flip, count, seed=0)  # pyright: ignore
     yield from DataLoader(queue, sampler=EpochSampler(count, 1))
 

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import DictConfig
 
 import train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_brats
 
 COMMANDS = [
     line.partition("#")[0].strip()
@@ -52,6 +52,7 @@ def test_python(
         train.train(config)
         command = command.replace("runs/proxy/RUN", config.run_dir)
         command = command.replace("output=predictions", f"output={tmp_path}/out")
+        command = command.replace("FOLDER", str(write_brats(tmp_path / "new", cases=1)))
     words = shlex.split(command.replace("FOLDER", str(brats)))
     if "train.py" in words and "--help" not in words:
         ours = [o for o in tiny if not o.startswith(("run_dir", "data.data_set.root"))]

@@ -1,7 +1,7 @@
 """Training on patches, scoring on whole volumes."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -32,21 +32,12 @@ class VolumeBatch(Batch):
     index: Tensor  # (B,), place in the data set
 
 
-class SegmentationNetwork(Protocol):
-    """Anything with `segment`; `forward` may return more than logits, for training."""
-
-    def __call__(self, x: Tensor) -> Any: ...  # noqa: ANN401  (a named tuple of the network's own)
-
-    def segment(self, x: Tensor) -> Tensor:
-        """Logits (B, R, X, Y, Z) of an image (B, C, X, Y, Z)."""
-        ...
-
-
 class SegmentationModule(pl.LightningModule):
     """Fits a network to patches; validates and tests it on whole volumes.
 
     Args:
-        network: Its `segment` gives logits.
+        network: `segment` gives logits (B, R, X, Y, Z); `forward` a named tuple with `logits`, and
+            whatever else its training needs.
         loss: Sum over the regions.
         optimizer: Makes the optimizer of the parameters.
         scheduler: Makes the schedule of the optimizer; one step an epoch.

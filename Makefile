@@ -14,6 +14,7 @@ help:
 # --no-compile: byte code is made for what is imported, not for all of the packages.
 $(BIN)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --editable .
 	touch $@
 

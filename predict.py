@@ -48,6 +48,7 @@ def predict(checkpoint: Path, source: Path, output: Path, *, pictures: bool, dev
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     module = module.to(device)
+    threshold = float(module.threshold)
     data_set = instantiate(config["data"]["data_set"], _convert_="all").at(source)
     # All of the brain, whatever crop the patches of the training came from.
     preprocess = Preprocessing(config["data"]["cache"]["spacing_mm"], crop="brain")
@@ -59,12 +60,12 @@ def predict(checkpoint: Path, source: Path, output: Path, *, pictures: bool, dev
             image = torch.from_numpy(volume.image).float()[None].to(module.device)
             probabilities = module(image)[0].cpu().numpy()
             reference = case.images[data_set.modalities[0]]
-            regions = restore(probabilities, volume.affine, reference) > module.threshold
+            regions = restore(probabilities, volume.affine, reference) > threshold
             written = output / f"{case.name}.nii.gz"
             write_labels(written, data_set.to_labels(regions), reference)
 
             title = case.name
-            masks = {"prediction": probabilities > module.threshold}
+            masks = {"prediction": probabilities > threshold}
             if case.mask is not None:
                 masks = {"truth": data_set.to_regions(volume.labels), **masks}
                 title = f"{case.name}: {scores(written, case, data_set)}"

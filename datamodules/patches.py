@@ -93,6 +93,14 @@ class PatchQueue(tio.Queue):
         )
         self.cases = cases
         self.with_lesion = [index for index, case in enumerate(cases) if len(case.lesion)]
+        self.others = list(range(len(cases)))
+        if sampler.lesion_free:
+            self.others = [i for i, case in enumerate(cases) if sampler.can_avoid(case.labels)]
+            if sampler.lesion_share < 1 and not self.others:
+                raise InputError(
+                    f"sampler.others: lesion-free patches are asked for, but every patch of "
+                    f"{sampler.size[0]} voxels in each of the {len(cases)} training cases has one"
+                )
         if sampler.lesion_share and not self.with_lesion:
             raise InputError(
                 f"sampler.lesion_share: {float(sampler.lesion_share)} of the patches are to have "
@@ -114,7 +122,7 @@ class PatchQueue(tio.Queue):
         case = self.case_of(epoch, index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(self.seed, epoch, index))
-            lesion = case.lesion if wants_lesion else case.lesion[:0]
+            lesion = self.balance.choose(case) if wants_lesion else case.lesion[:0]
             drawn = self.balance.draw(case.image, case.labels, lesion)
             patch: Any = self.augmentation(as_subject(drawn))
         labels = patch["labels"].data[0].numpy().astype(np.uint8)
@@ -127,7 +135,7 @@ class PatchQueue(tio.Queue):
     def case_of(self, epoch: int, index: int) -> CachedCase:
         """The case that patch `index` of an epoch is cut from."""
         wants_lesion = self.balance.wants_lesion(index)
-        eligible = self.with_lesion if wants_lesion else list(range(len(self.cases)))
+        eligible = self.with_lesion if wants_lesion else self.others
         lesions = self.balance.lesions_before(index)
         visits, position = divmod(lesions if wants_lesion else index - lesions, len(eligible))
         order = _permutation(len(eligible), self.seed, epoch, visits, wants_lesion)
@@ -187,6 +195,13 @@ class PatchDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        lesions = sampler.lesion_share * batch_size
+        if sampler.lesion_free and (lesions.denominator > 1 or patches_per_epoch % batch_size):
+            raise ValueError(
+                f"batch_size: with others=lesion_free every batch has exactly "
+                f"{float(sampler.lesion_share):g} with a lesion; expected a number that this "
+                f"divides and that divides {patches_per_epoch} patches, found {batch_size}"
+            )
         self.data_set = data_set
         self.cache = cache
         self.split = split

@@ -1,7 +1,8 @@
-"""Synthetic gliomas, written as an ordinary BraTS data set: `python -m datamodules.phantom --help`.
+"""Synthetic tumours, written as ordinary data sets: `python -m datamodules.phantom --help`.
 
 A phantom is anatomy (nilearn's MNI152 tissue maps, deformed and refolded per case), pathology
-(core, enhancing rim, oedema that creeps along white matter, mass effect) and image formation
+(gliomas: core, enhancing rim, oedema that creeps along white matter, mass effect; or metastases:
+many, mostly small, at the grey-white border) and image formation
 (contrast, texture, bias field, thick slices, misregistration, noise, skull stripping), each drawn
 from ranges wide enough to contain real scans. Everything random but the voxel noise is drawn in
 millimetres, on control grids that do not know the voxel size: a case is the same patient at 1 mm
@@ -24,15 +25,16 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from datamodules.brats import BraTS
 from datamodules.cases import Case
+from datamodules.metastases import Metastases
 from errors import InputError
 
-VERSION = 1  # of the generator; raise it when the same (seed, index) gives other voxels
+VERSION = 2  # of the generator; raise it when the same (seed, index) gives other voxels
 FIELD_OF_VIEW_MM = (240.0, 240.0, 155.0)
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 NECROSIS, OEDEMA, ENHANCING = 1, 2, 4  # BraTS labels
@@ -61,7 +63,7 @@ TEXTURE = {
     "core, fine": (0.01, 0.08),
 }
 
-# Ranges that a case draws from uniformly, (lowest, highest).
+# Ranges that a case draws from, (lowest, highest).
 RANGES = {
     # anatomy
     "brain_scale": (0.84, 1.00),  # of the MNI152 brain, which is larger than most
@@ -74,7 +76,7 @@ RANGES = {
     "gyrus_mm": (3.9, 5.6),  # control spacing; sulci are about 2.5 times that apart
     "atrophy": (-0.20, 0.15),  # added to the score of CSF
     # pathology
-    "radius_mm": (9.0, 24.0),
+    "radius_mm": (12.0, 27.0),  # of the core, 7 to 80 ml, as gliomas of BraTS have
     "elongation": (0.75, 1.3),
     "lobes_mm": (0.5, 3.0),
     "rim_mm": (1.5, 8.0),
@@ -82,6 +84,8 @@ RANGES = {
     "oedema_ratio_lgg": (0.3, 2.2),
     "push_mm": (0.0, 7.0),  # mass effect at the edge of the core
     "push_reach_mm": (15.0, 35.0),
+    "metastasis_rim_mm": (1.2, 3.0),
+    "metastasis_oedema": (0.5, 2.0),  # its reach beyond the border, over the radius
     # image formation
     "noise": (0.007, 0.04),  # of white matter
     "bias": (0.01, 0.16),  # sd of the logarithm of the smooth field
@@ -106,6 +110,13 @@ CHANCES = {
     "tenfold_modality": 0.15,
     "ras": 0.5,
 }
+# Metastases: how many (a gamma distribution, rounded down; about one case in twelve has none, the
+# median is 4), and how large (log-normal).
+METASTASES_SHAPE, METASTASES_SCALE, MOST_METASTASES = 1.6, 3.4, 12
+METASTASIS_RADIUS_MM, METASTASIS_LOG_SD = 2.8, 0.5
+LEAST_METASTASIS_MM, LARGEST_METASTASIS_MM = 1.5, 12.0
+RING_FROM_MM = 4.5  # radius from which a metastasis may have a necrotic centre and oedema
+
 # Shares of the modalities acquired in thick slices.
 THICK_SLICES = {"t1": 0.25, "t1ce": 0.15, "t2": 0.45, "flair": 0.45}
 SPLINE_SD = 0.479**1.5  # of a cubic B-spline of white noise, 3-D
@@ -116,15 +127,27 @@ class Phantom(NamedTuple):
 
     Attributes:
         images: int16 volume (X, Y, Z) per modality; exactly 0 outside the brain.
-        labels: uint8 (X, Y, Z): 0, 1 necrotic or non-enhancing core, 2 oedema, 4 enhancing.
+        labels: uint8 (X, Y, Z). Gliomas: 0, 1 necrotic or non-enhancing core, 2 oedema, 4
+            enhancing. Metastases: 0, 1 lesion, oedema not included.
         affine: Voxel indices to mm (4, 4); diagonal, LPS or RAS.
-        grade: "HGG" or "LGG".
+        grade: "HGG" or "LGG"; empty for metastases.
     """
 
     images: dict[str, np.ndarray]
     labels: np.ndarray
     affine: np.ndarray
     grade: str
+
+
+def _within(
+    stream: np.random.Generator, limits: tuple[float, float], size: int | None = None
+) -> np.ndarray:
+    """Of a triangular distribution: both ends are drawn, but seldom, and seldom together.
+
+    The ranges hold the extremes of real cases; a patient is extreme in few things at once.
+    """
+    low, high = limits
+    return np.asarray(stream.triangular(low, (low + high) / 2, high, size))
 
 
 class _Draw:
@@ -140,13 +163,13 @@ class _Draw:
     def stream(self, step: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.index, zlib.crc32(step.encode())])
 
-    def uniform(self, name: str, step: str = "") -> float:
+    def value(self, name: str, step: str = "") -> float:
         """From RANGES[name]."""
-        return float(self.stream(f"{name} {step}").uniform(*RANGES[name]))
+        return float(_within(self.stream(f"{name} {step}"), RANGES[name]))
 
-    def uniforms(self, name: str, step: str = "") -> np.ndarray:
+    def values(self, name: str, step: str = "") -> np.ndarray:
         """Three from RANGES[name], one per axis."""
-        return self.stream(f"{name} {step}").uniform(*RANGES[name], size=3)
+        return _within(self.stream(f"{name} {step}"), RANGES[name], size=3)
 
     def happens(self, name: str) -> bool:
         """With the probability CHANCES[name]."""
@@ -270,6 +293,7 @@ class _Template(NamedTuple):
         surface_mm: Where folds are looked up (3, X', Y', Z'): nearly the nearest surface point.
         folding: Where sulci are random (X', Y', Z'), 0 to 1: all but cerebellum and brainstem.
         hosts_mm: MNI positions (N, 3) in which a glioma may start.
+        borders_mm: MNI positions (N, 3) between grey and white matter, where metastases sit.
     """
 
     white: np.ndarray
@@ -279,6 +303,7 @@ class _Template(NamedTuple):
     surface_mm: np.ndarray
     folding: np.ndarray
     hosts_mm: np.ndarray
+    borders_mm: np.ndarray
 
     def sample(
         self, volume: np.ndarray, points_mm: Sequence[np.ndarray] | np.ndarray
@@ -333,8 +358,13 @@ def _template() -> _Template:
     brainstem = (abs(x) < 20) & (z < -8) & (y < -8) & (y > -50)
     below = gaussian_filter((cerebellum | brainstem).astype(np.float32), 2)
     host = (white[::2, ::2, ::2] > 0.5) & (depth_mm > 9) & (below < 0.05) & (abs(x) > 6)
-    hosts_mm = np.stack([axis[host] for axis in (x, y, z)], axis=1)
-    return _Template(white, grey, origin_mm, depth_mm, surface_mm, 1 - below, hosts_mm)
+    balance = white[::2, ::2, ::2] - grey[::2, ::2, ::2]
+    tissue = white[::2, ::2, ::2] + grey[::2, ::2, ::2]
+    border = (abs(balance) < 0.3) & (tissue > 0.8) & (depth_mm > 5) & ~brainstem
+    hosts_mm, borders_mm = (
+        np.stack([axis[place] for axis in (x, y, z)], axis=1) for place in (host, border)
+    )
+    return _Template(white, grey, origin_mm, depth_mm, surface_mm, 1 - below, hosts_mm, borders_mm)
 
 
 class _Warp(NamedTuple):
@@ -370,9 +400,9 @@ def _warp(draw: _Draw) -> _Warp:
     """A head of its own size and pose."""
     from scipy.spatial.transform import Rotation
 
-    scale = draw.uniform("brain_scale") * draw.uniforms("axis_scale")
-    rotation = Rotation.from_euler("xyz", draw.uniforms("rotation_deg"), degrees=True)
-    centre_mm = np.divide(FIELD_OF_VIEW_MM, 2) + draw.uniforms("shift_mm")
+    scale = draw.value("brain_scale") * draw.values("axis_scale")
+    rotation = Rotation.from_euler("xyz", draw.values("rotation_deg"), degrees=True)
+    centre_mm = np.divide(FIELD_OF_VIEW_MM, 2) + draw.values("shift_mm")
     template = _template()
     middle_mm = template.origin_mm + np.divide(template.white.shape, 2)
     return _Warp(draw, np.diag(1 / scale) @ rotation.as_matrix(), centre_mm, middle_mm)
@@ -416,15 +446,15 @@ def _foci(draw: _Draw, warp: _Warp) -> list[_Focus]:
         if foci:
             distance_mm = np.linalg.norm(hosts_mm - warp(foci[0].centre_mm), axis=1)
             hosts_mm = hosts_mm[(distance_mm > 25) & (distance_mm < 60)]
-        radius_mm = draw.uniform("radius_mm", str(number)) * (0.5 if foci else 1)
-        axes = Rotation.random(rng=stream).as_matrix() / draw.uniforms("elongation", str(number))
+        radius_mm = draw.value("radius_mm", str(number)) * (0.5 if foci else 1)
+        axes = Rotation.random(rng=stream).as_matrix() / draw.values("elongation", str(number))
         foci.append(
             _Focus(
                 centre_mm=warp.inverse(hosts_mm[stream.integers(len(hosts_mm))]),
                 radius_mm=float(radius_mm),
                 axes=axes,
-                push_mm=min(draw.uniform("push_mm", str(number)), 0.4 * radius_mm),
-                push_reach_mm=float(draw.uniform("push_reach_mm", str(number))),
+                push_mm=min(draw.value("push_mm", str(number)), 0.4 * radius_mm),
+                push_reach_mm=float(draw.value("push_reach_mm", str(number))),
             )
         )
     return foci
@@ -461,7 +491,9 @@ def _survey(draw: _Draw, warp: _Warp, foci: list[_Focus]) -> _Survey:
 
     deformation_mm = warp.deformation_mm(coarse)
     points_mm = coarse.points_mm()
-    core_mm = np.max([focus.depth_mm(points_mm) for focus in foci], axis=0)
+    core_mm = np.full(coarse.shape, -100, np.float32)
+    for focus in foci:
+        core_mm = np.maximum(core_mm, focus.depth_mm(points_mm))
     skull_mm = warp(points_mm) + deformation_mm
     for focus in foci:
         points_mm = points_mm - focus.displacement_mm(points_mm)
@@ -484,7 +516,7 @@ def _folds(draw: _Draw) -> np.ndarray:
     from scipy.ndimage import map_coordinates
 
     template = _template()
-    gyrus_mm = draw.uniform("gyrus_mm")
+    gyrus_mm = draw.value("gyrus_mm")
     shell = (template.depth_mm > -4) & (template.depth_mm < 24)
     points = template.surface_mm[:, shell] / np.float32(gyrus_mm) + 3
     controls = draw.stream("folds").standard_normal(
@@ -525,22 +557,29 @@ def _tissue(draw: _Draw, survey: _Survey, grid: _Grid) -> _Tissue:
     csf = 1 - white - grey
 
     sulcus_depth_mm = 3 * draw.field("sulcus depth", 20.0, grid)
-    sulcus_depth_mm += draw.uniform("sulcus_depth_mm")
+    sulcus_depth_mm += draw.value("sulcus_depth_mm")
     shallow = _sigmoid((sulcus_depth_mm - depth_mm) / 1.5)
-    cortex_mm = draw.uniform("cortex_mm") + 0.4 * draw.field("cortex", 6.0, grid)
+    cortex_mm = draw.value("cortex_mm") + 0.4 * draw.field("cortex", 6.0, grid)
     ribbon = np.clip((np.minimum(sulcus_mm, depth_mm) - cortex_mm) / 2, -1, 1)
-    width_mm = float(np.hypot(draw.uniform("sulcus_mm"), grid.spacing_mm / 3))
+    width_mm = float(np.hypot(draw.value("sulcus_mm"), grid.spacing_mm / 3))
     fissure = shallow * np.exp(-np.square(sulcus_mm / width_mm))
     fissure += grey * np.exp(-np.square(mni_mm[0] / width_mm))  # between the hemispheres
 
     balance += 0.15 * draw.field("border", 3.0, grid)
     balance += shallow * (0.9 * ribbon - 0.45 * balance)
-    liquid = 2.2 * np.maximum(csf + draw.uniform("atrophy"), 1.1 * fissure) - 1
+    liquid = 2.2 * np.maximum(csf + draw.value("atrophy"), 1.1 * fissure) - 1
     liquid += np.maximum(0.6 - depth_mm, 0)
     sharpness = 4.5 / max(grid.spacing_mm, 1)
     csf = _sigmoid(sharpness * (liquid - np.abs(balance)))
     white = (1 - csf) * _sigmoid(2 * sharpness * balance)
     return _Tissue(white, 1 - csf - white, csf, depth_mm, mni_mm)
+
+
+def _ventricles(tissue: _Tissue) -> np.ndarray:
+    """Fluid deep in the brain, softly (X, Y, Z); of 4 mm voxels."""
+    from scipy.ndimage import gaussian_filter
+
+    return gaussian_filter(tissue.csf * (tissue.depth_mm > 22), 1.2)
 
 
 # --- pathology -----------------------------------------------------------------------------------
@@ -556,35 +595,32 @@ class _Lesion(NamedTuple):
     enhancing: np.ndarray
     oedema: np.ndarray
 
-    def labels(self, brain: np.ndarray) -> np.ndarray:
-        """BraTS label map (X, Y, Z), uint8."""
-        labels = np.zeros(brain.shape, np.uint8)
-        labels[self.oedema > 0.5] = OEDEMA
-        labels[self.core > 0.5] = NECROSIS
-        labels[self.enhancing > 0.5] = ENHANCING
-        return labels * brain
 
-
-class _Plan(NamedTuple):
-    """The tumour's coarse decisions.
-
-    Attributes:
-        grade: "HGG" or "LGG".
-        reach: Of the oedema, logarithm, on the survey's coarse grid.
-        oedema_threshold: Of `_oedema_score`, for the volume that was drawn.
-        ventricles: Softly, on the coarse grid.
-    """
+class _Pathology(Protocol):
+    """What a case suffers from."""
 
     grade: str
-    reach: np.ndarray
-    oedema_threshold: float
-    ventricles: np.ndarray
+    foci: list[_Focus]  # those that push tissue away
+
+    def __init__(self, draw: _Draw, warp: _Warp) -> None: ...
+
+    def spread(self, survey: _Survey, tissue: _Tissue) -> None:
+        """Decide on the coarse grid, whose tissue this is, what depends on many voxels."""
+        ...
+
+    def lesion(self, survey: _Survey, tissue: _Tissue, grid: _Grid) -> _Lesion:
+        """Where it is on a grid."""
+        ...
+
+    def labels(self, lesion: _Lesion) -> np.ndarray:
+        """What a rater would draw (X, Y, Z), uint8."""
+        ...
 
 
 def _core_depth_mm(draw: _Draw, survey: _Survey, tissue: _Tissue, grid: _Grid) -> np.ndarray:
     """Distance to the border of the core (X, Y, Z), positive inside: a lobulated ellipsoid."""
     depth_mm = _between(survey.core_mm, survey.coarse, grid)
-    depth_mm += draw.uniform("lobes_mm") * draw.field("lobes", 9.0, grid)
+    depth_mm += draw.value("lobes_mm") * draw.field("lobes", 9.0, grid)
     depth_mm += 0.8 * draw.field("border of core", 4.0, grid)
     depth_mm -= 6 * tissue.csf * (tissue.depth_mm > 6)  # grows around ventricles, not into them
     return np.minimum(depth_mm, tissue.depth_mm)
@@ -613,34 +649,98 @@ def _oedema_score(draw: _Draw, tissue: _Tissue, reach: np.ndarray, grid: _Grid) 
     return np.where(tissue.depth_mm < 0.5, -20, score)
 
 
-def _plan(draw: _Draw, survey: _Survey, grade: str) -> _Plan:
-    """What spreads over many voxels, decided on the coarse grid for every fine one."""
-    from scipy.ndimage import gaussian_filter
+class _Glioma:
+    """One tumour, or two or three near each other: core, enhancing rim, oedema, mass effect."""
 
-    grid = survey.coarse
-    tissue = _tissue(draw, survey, grid)
-    core = _sigmoid(_core_depth_mm(draw, survey, tissue, grid) / 2)
-    reach = _reach(draw, tissue, core, grid)
-    outside = core < 0.5
-    ratio = draw.uniform(f"oedema_ratio_{grade.lower()}")
-    share = min(ratio * np.mean(~outside) / np.mean(outside), 0.3)
-    score = _oedema_score(draw, tissue, reach, grid)[outside]
-    ventricles = gaussian_filter(tissue.csf * (tissue.depth_mm > 22), 1.2)
-    return _Plan(grade, reach, float(np.quantile(score, 1 - share)), ventricles)
+    def __init__(self, draw: _Draw, warp: _Warp) -> None:
+        self.draw = draw
+        self.grade = _grade(draw)
+        self.foci = _foci(draw, warp)
+
+    def spread(self, survey: _Survey, tissue: _Tissue) -> None:
+        """Find how far the oedema reaches, and the score at which it has the volume drawn."""
+        draw, grid = self.draw, survey.coarse
+        core = _sigmoid(_core_depth_mm(draw, survey, tissue, grid) / 2)
+        self.reach = _reach(draw, tissue, core, grid)
+        outside = core < 0.5
+        ratio = draw.value(f"oedema_ratio_{self.grade.lower()}")
+        share = min(ratio * np.mean(~outside) / np.mean(outside), 0.3)
+        score = _oedema_score(draw, tissue, self.reach, grid)[outside]
+        self.oedema_threshold = float(np.quantile(score, 1 - share))
+
+    def lesion(self, survey: _Survey, tissue: _Tissue, grid: _Grid) -> _Lesion:
+        draw = self.draw
+        depth_mm = _core_depth_mm(draw, survey, tissue, grid)
+        core = _sigmoid(depth_mm / 0.6)
+        enhancing = np.zeros_like(core)
+        if draw.happens(f"enhancing_{self.grade.lower()}"):
+            rim_mm = draw.value("rim_mm") * (1 + 0.6 * draw.field("rim", 9.0, grid))
+            rim_mm -= 2.0 * (draw.field("gaps", 7.0, grid) > 1.2)
+            enhancing = core * _sigmoid((rim_mm - depth_mm) / 0.5)
+        reach = _between(self.reach, survey.coarse, grid)
+        score = _oedema_score(draw, tissue, reach, grid) - self.oedema_threshold
+        return _Lesion(core, enhancing, _sigmoid(score / 0.25) * (1 - core) * (1 - tissue.csf))
+
+    def labels(self, lesion: _Lesion) -> np.ndarray:
+        """BraTS labels."""
+        labels = np.zeros(lesion.core.shape, np.uint8)
+        labels[lesion.oedema > 0.5] = OEDEMA
+        labels[lesion.core > 0.5] = NECROSIS
+        labels[lesion.enhancing > 0.5] = ENHANCING
+        return labels
 
 
-def _lesion(draw: _Draw, survey: _Survey, plan: _Plan, tissue: _Tissue, grid: _Grid) -> _Lesion:
-    """Core, enhancement and oedema."""
-    depth_mm = _core_depth_mm(draw, survey, tissue, grid)
-    core = _sigmoid(depth_mm / 0.6)
-    enhancing = np.zeros_like(core)
-    if draw.happens(f"enhancing_{plan.grade.lower()}"):
-        rim_mm = draw.uniform("rim_mm") * (1 + 0.6 * draw.field("rim", 9.0, grid))
-        rim_mm -= 2.0 * (draw.field("gaps", 7.0, grid) > 1.2)
-        enhancing = core * _sigmoid((rim_mm - depth_mm) / 0.5)
-    reach = _between(plan.reach, survey.coarse, grid)
-    score = _oedema_score(draw, tissue, reach, grid) - plan.oedema_threshold
-    return _Lesion(core, enhancing, _sigmoid(score / 0.25) * (1 - core) * (1 - tissue.csf))
+class _Metastases:
+    """None to a dozen balls at the grey-white border, the larger ones with a ring and oedema."""
+
+    grade = ""
+    foci: list[_Focus] = []  # noqa: RUF012  (too small to push anything away)
+
+    def __init__(self, draw: _Draw, warp: _Warp) -> None:
+        self.draw = draw
+        stream = draw.stream("metastases")
+        count = min(int(stream.gamma(METASTASES_SHAPE, METASTASES_SCALE)), MOST_METASTASES)
+        radii_mm = METASTASIS_RADIUS_MM * np.exp(METASTASIS_LOG_SD * stream.standard_normal(count))
+        self.radii_mm = np.clip(radii_mm, LEAST_METASTASIS_MM, LARGEST_METASTASIS_MM)
+        places_mm = stream.choice(_template().borders_mm, count)
+        self.centres_mm = [warp.inverse(place_mm) for place_mm in places_mm]
+        self.has_oedema = (self.radii_mm > RING_FROM_MM) & (stream.random(count) < 0.7)
+
+    def spread(self, survey: _Survey, tissue: _Tissue) -> None:
+        """Nothing depends on far voxels."""
+
+    def lesion(self, survey: _Survey, tissue: _Tissue, grid: _Grid) -> _Lesion:
+        draw = self.draw
+        points_mm = grid.points_mm()
+        depth_mm = np.full(grid.shape, -100, np.float32)
+        ring = np.zeros(grid.shape, bool)
+        oedema_mm = np.full(grid.shape, -100, np.float32)
+        for number, (centre_mm, radius_mm) in enumerate(
+            zip(self.centres_mm, self.radii_mm, strict=True)
+        ):
+            offset_mm = points_mm - centre_mm.astype(np.float32).reshape(3, 1, 1, 1)
+            inside_mm = float(radius_mm) - np.sqrt(np.square(offset_mm).sum(axis=0))
+            if radius_mm > RING_FROM_MM:
+                ring |= inside_mm > 0
+            if self.has_oedema[number]:
+                reach_mm = radius_mm * draw.value("metastasis_oedema", str(number))
+                oedema_mm = np.maximum(oedema_mm, inside_mm + float(reach_mm))
+            depth_mm = np.maximum(depth_mm, inside_mm)
+        # Irregular in proportion: a small one stays nearly a ball, and none is cut in two.
+        depth_mm += 0.35 * draw.field("border of metastases", 4.0, grid)
+        core = _sigmoid(depth_mm / 0.3)
+        rim_mm = draw.value("metastasis_rim_mm")
+        enhancing = core * np.where(ring, _sigmoid((rim_mm - depth_mm) / 0.4), 1)
+        oedema_mm += 2.0 * draw.field("fingers", 9.0, grid) - 6 * (1 - tissue.white)
+        oedema = _sigmoid(oedema_mm) * (1 - core) * (1 - tissue.csf)
+        return _Lesion(core, enhancing, oedema)
+
+    def labels(self, lesion: _Lesion) -> np.ndarray:
+        """1 is lesion."""
+        return (lesion.core > 0.5).astype(np.uint8)
+
+
+KINDS: dict[str, type[_Pathology]] = {"glioma": _Glioma, "metastases": _Metastases}
 
 
 # --- image formation -----------------------------------------------------------------------------
@@ -702,13 +802,13 @@ def _weights(draw: _Draw, modality: str) -> dict[str, float]:
     """Intensity of every map of `_maps`, white matter 1."""
     stream = draw.stream(f"contrast {modality}")
     column = MODALITIES.index(modality)
-    weights = {name: float(stream.uniform(*ranges[column])) for name, ranges in CONTRAST.items()}
+    weights = {name: float(_within(stream, ranges[column])) for name, ranges in CONTRAST.items()}
     cyst = weights.pop("cyst")
     if draw.happens("cyst"):
         weights["core"] = cyst
     weights["white"] = 1.0
-    for name, (low, high) in TEXTURE.items():
-        weights[name] = float(stream.choice([-1, 1]) * stream.uniform(low, high))
+    for name, limits in TEXTURE.items():
+        weights[name] = float(stream.choice([-1, 1]) * _within(stream, limits))
     return weights
 
 
@@ -718,7 +818,7 @@ def _mixture(draw: _Draw, modality: str, maps: dict[str, np.ndarray], grid: _Gri
     image = np.zeros(grid.shape, np.float32)
     for name, volume in maps.items():
         image += weights[name] * volume
-    bias = draw.uniform("bias", modality) * draw.field(f"bias {modality}", 70.0, grid)
+    bias = draw.value("bias", modality) * draw.field(f"bias {modality}", 70.0, grid)
     return image * np.exp(bias)
 
 
@@ -727,12 +827,12 @@ def _acquire(draw: _Draw, modality: str, image: np.ndarray, grid: _Grid) -> np.n
     from scipy.ndimage import correlate1d
 
     stream = draw.stream(f"acquire {modality}")
-    shift_mm = draw.uniform("misregistration_mm", modality) * stream.uniform(-1, 1, size=3)
+    shift_mm = draw.value("misregistration_mm", modality) * stream.uniform(-1, 1, size=3)
     thick = stream.random() < THICK_SLICES[modality]
     slice_axis = int(stream.choice(3, p=[0.15, 0.15, 0.7]))
-    slice_mm = draw.uniform("slice_mm", modality)
+    slice_mm = draw.value("slice_mm", modality)
     for axis in range(3):
-        sigma_mm = draw.uniform("blur_mm", modality)
+        sigma_mm = draw.value("blur_mm", modality)
         if thick and axis == slice_axis:
             sigma_mm = slice_mm / 2.355
         kernel = _shifted_gaussian(sigma_mm / grid.spacing_mm, shift_mm[axis] / grid.spacing_mm)
@@ -740,7 +840,7 @@ def _acquire(draw: _Draw, modality: str, image: np.ndarray, grid: _Grid) -> np.n
     if thick and slice_mm > 1.5 * grid.spacing_mm:
         image = _stepped(image, slice_axis, slice_mm / grid.spacing_mm)
     noise = draw.stream(f"noise {modality}").standard_normal(image.shape, dtype=np.float32)
-    noise *= draw.uniform("noise", modality)
+    noise *= draw.value("noise", modality)
     noise += image
     return noise
 
@@ -768,7 +868,7 @@ def _stepped(image: np.ndarray, axis: int, step: float) -> np.ndarray:
 
 def _brain_mask(draw: _Draw, tissue: _Tissue, grid: _Grid) -> np.ndarray:
     """What skull stripping calls brain (X, Y, Z): a rind too much here, a bite too much there."""
-    margin_mm = draw.uniform("brain_margin_mm") + 0.7 * draw.field("rind", 12.0, grid)
+    margin_mm = draw.value("brain_margin_mm") + 0.7 * draw.field("rind", 12.0, grid)
     bites_mm = 8 * np.maximum(draw.field("bites", 8.0, grid) - 2.6, 0)
     mask = tissue.depth_mm > bites_mm - np.minimum(margin_mm, 3)
     if draw.happens("cut_field_of_view"):
@@ -786,8 +886,8 @@ def _quantised(draw: _Draw, modality: str, image: np.ndarray, mask: np.ndarray) 
     image *= mask
     if draw.happens("ringing"):
         blurred = gaussian_filter(image, 1.0, truncate=2.5)
-        image += draw.uniform("ringing", modality) * (image - blurred)
-    scale = 10 ** draw.uniform("white_matter_log10", modality)
+        image += draw.value("ringing", modality) * (image - blurred)
+    scale = 10 ** draw.value("white_matter_log10", modality)
     if draw.happens("tenfold_modality") and modality == draw.stream("tenfold").choice(MODALITIES):
         scale *= 10
     volume = np.zeros(mask.shape, np.int16)
@@ -817,64 +917,97 @@ def _affine(spacing_mm: float, ras: bool) -> np.ndarray:
     return affine
 
 
-def make_phantom(seed: int, index: int, spacing_mm: float) -> Phantom:
+def make_phantom(
+    seed: int,
+    index: int,
+    spacing_mm: float,
+    kind: str = "glioma",
+    modalities: Sequence[str] = MODALITIES,
+) -> Phantom:
     """Phantom number `index` of the stream `seed`.
 
     Args:
         seed: Of the data set.
         index: Of the case; every pair of seed and index is a patient of its own.
         spacing_mm: Edge of a voxel; 1 gives the grid of BraTS, 240 x 240 x 155.
+        kind: "glioma" or "metastases".
+        modalities: Which to make; no choice changes the others.
     """
     from threadpoolctl import threadpool_limits
 
     # Sums over several threads round differently; and there is a process per core already.
     with threadpool_limits(1):
-        return _phantom(_Draw(seed, index), spacing_mm)
+        return _phantom(_Draw(seed, index), spacing_mm, KINDS[kind], modalities)
 
 
-def _phantom(draw: _Draw, spacing_mm: float) -> Phantom:
+def _phantom(
+    draw: _Draw, spacing_mm: float, kind: type[_Pathology], modalities: Sequence[str]
+) -> Phantom:
     """What `make_phantom` makes, from the random numbers of one case."""
     warp = _warp(draw)
-    survey = _survey(draw, warp, _foci(draw, warp))
-    plan = _plan(draw, survey, _grade(draw))
+    pathology = kind(draw, warp)
+    survey = _survey(draw, warp, pathology.foci)
+    tissue = _tissue(draw, survey, survey.coarse)
+    pathology.spread(survey, tissue)
+    ventricles = _ventricles(tissue)
 
     grid = survey.coarse.at(spacing_mm)
-    ideal = {modality: np.empty(grid.shape, np.float32) for modality in MODALITIES}
+    ideal = {modality: np.empty(grid.shape, np.float32) for modality in modalities}
     labels, mask = np.empty(grid.shape, np.uint8), np.empty(grid.shape, bool)
     for rows, slab in grid.slabs():
         tissue = _tissue(draw, survey, slab)
-        lesion = _lesion(draw, survey, plan, tissue, slab)
+        lesion = pathology.lesion(survey, tissue, slab)
         mask[rows] = _brain_mask(draw, tissue, slab)
-        labels[rows] = lesion.labels(mask[rows])
-        ventricles = _between(plan.ventricles, survey.coarse, slab)
-        maps = _maps(draw, tissue, lesion, _bystanders(draw, tissue, ventricles, slab), slab)
+        labels[rows] = pathology.labels(lesion) * mask[rows]
+        near_ventricles = _between(ventricles, survey.coarse, slab)
+        maps = _maps(draw, tissue, lesion, _bystanders(draw, tissue, near_ventricles, slab), slab)
         for modality, image in ideal.items():
             image[rows] = _mixture(draw, modality, maps, slab)
 
     ras = draw.happens("ras")
     images = {}
-    for modality in MODALITIES:
+    for modality in modalities:
         image = _acquire(draw, modality, ideal.pop(modality), grid)
         images[modality] = _stored(_quantised(draw, modality, image, mask), grid, ras)
-    return Phantom(images, _stored(labels, grid, ras), _affine(spacing_mm, ras), plan.grade)
+    return Phantom(images, _stored(labels, grid, ras), _affine(spacing_mm, ras), pathology.grade)
 
 
 # --- the data set on disk ------------------------------------------------------------------------
 
 
-def write_phantoms(
-    root: Path, count: int, *, spacing_mm: float, seed: int, workers: int | None = None
-) -> None:
-    """Write the first `count` phantoms of a seed in the layout of BraTS 2019.
+class _Settings(NamedTuple):
+    """What all phantoms of a folder have in common."""
 
-    `root/{HGG,LGG}/phantom_0000/phantom_0000_{t1,t1ce,t2,flair,seg}.nii.gz`. Cases that are there
-    stay as they are, so a run that was stopped goes on, and a larger count only adds.
+    seed: int
+    spacing_mm: float
+    kind: str
+    modalities: Sequence[str]
+
+
+def write_phantoms(
+    root: Path,
+    count: int,
+    *,
+    spacing_mm: float,
+    seed: int,
+    kind: str = "glioma",
+    modalities: Sequence[str] = MODALITIES,
+    workers: int | None = None,
+) -> None:
+    """Write the first `count` phantoms of a seed.
+
+    Gliomas have the layout of BraTS 2019,
+    `root/{HGG,LGG}/phantom_0000/phantom_0000_{t1,t1ce,t2,flair,seg}.nii.gz`; metastases have no
+    folder of a grade. Cases that are there stay as they are, so a run that was stopped goes on,
+    and a larger count only adds.
 
     Args:
         root: Folder of the data set; made where missing.
         count: How many cases the data set has afterwards, at least.
         spacing_mm: Edge of a voxel.
         seed: Of all cases.
+        kind: "glioma" or "metastases".
+        modalities: Which to write.
         workers: Processes; as many as there are cores by default.
 
     Raises:
@@ -886,10 +1019,15 @@ def write_phantoms(
         raise InputError(f"spacing_mm: 0.5 to 8 expected, {spacing_mm:g} found")
     if count < 0:
         raise InputError(f"count: 0 or more cases expected, {count} found")
+    if kind not in KINDS:
+        raise InputError(f"kind: expected one of {', '.join(KINDS)}, found {kind}")
+    if unknown := set(modalities) - set(MODALITIES):
+        raise InputError(f"modalities: expected {', '.join(MODALITIES)}, found {min(unknown)}")
     root = Path(root)
-    _claim(root, {"version": VERSION, "seed": seed, "spacing_mm": float(spacing_mm)})
-    jobs = [(root, seed, index, spacing_mm) for index in range(count)]
-    jobs = [job for job in jobs if not _folder(root, seed, job[2]).exists()]
+    settings = _Settings(seed, float(spacing_mm), kind, sorted(modalities))
+    _claim(root, {"version": VERSION, **settings._asdict()})
+    jobs = [(root, settings, index) for index in range(count)]
+    jobs = [job for job in jobs if not _folder(*job).exists()]
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers <= 1:
         for job in track(jobs, "phantoms", disable=not jobs):
@@ -934,7 +1072,45 @@ class Phantoms(BraTS):
         return super().cases()[: self.count]
 
 
-def _claim(root: Path, settings: dict[str, float]) -> None:
+class MetastasisPhantoms(Metastases):
+    """Phantoms with metastases, as a data set that makes itself when it is first used.
+
+    Args:
+        root: Folder of the data set.
+        count: How many cases it has; the first of those in the folder, if there are more.
+        spacing_mm: Edge of a voxel.
+        seed: Of all cases.
+        modalities: As of `Metastases`; those that are made.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        count: int,
+        spacing_mm: float,
+        seed: int = 0,
+        modalities: Sequence[str] = ("t1ce",),
+    ) -> None:
+        super().__init__(root, modalities)
+        self.count = count
+        self.spacing_mm = spacing_mm
+        self.seed = seed
+
+    def prepare(self) -> None:
+        write_phantoms(
+            self.root,
+            self.count,
+            spacing_mm=self.spacing_mm,
+            seed=self.seed,
+            kind="metastases",
+            modalities=self.modalities,
+        )
+
+    def cases(self) -> list[Case]:
+        return super().cases()[: self.count]
+
+
+def _claim(root: Path, settings: dict[str, object]) -> None:
     """Record the settings of a data set, or see that they are the recorded ones."""
     from filelock import FileLock
 
@@ -951,16 +1127,19 @@ def _claim(root: Path, settings: dict[str, float]) -> None:
         raise InputError(f"{path}: phantoms of {found} found, {settings} asked for")
 
 
-def _folder(root: Path, seed: int, index: int) -> Path:
-    return root / _grade(_Draw(seed, index)) / f"phantom_{index:04d}"
+def _folder(root: Path, settings: _Settings, index: int) -> Path:
+    draw = _Draw(settings.seed, index)
+    grade = _grade(draw) if settings.kind == "glioma" else ""
+    return root / grade / f"phantom_{index:04d}"
 
 
-def _write_case(root: Path, seed: int, index: int, spacing_mm: float) -> None:
+def _write_case(root: Path, settings: _Settings, index: int) -> None:
     """Write one case under a hidden name, then rename its folder: it is whole or not there."""
     import nibabel as nib
 
-    folder = _folder(root, seed, index)
-    phantom = make_phantom(seed, index, spacing_mm)
+    folder = _folder(root, settings, index)
+    seed, spacing_mm, kind, modalities = settings
+    phantom = make_phantom(seed, index, spacing_mm, kind, modalities)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}_", dir=root))
     try:
         for name, volume in {**phantom.images, "seg": phantom.labels}.items():
@@ -983,11 +1162,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m datamodules.phantom",
-        description="Write synthetic gliomas as a BraTS data set.",
+        description="Write synthetic tumours: gliomas as a BraTS data set, or metastases.",
     )
     parser.add_argument("root", type=Path, help="folder of the data set")
     parser.add_argument("--cases", type=int, default=24, help="default: %(default)s")
     parser.add_argument("--spacing-mm", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--kind", choices=KINDS, default="glioma", help="default: %(default)s")
+    parser.add_argument(
+        "--modalities", nargs="+", default=MODALITIES, choices=MODALITIES, help="default: all"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
     given = parser.parse_args(arguments)
@@ -997,6 +1180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.cases,
             spacing_mm=given.spacing_mm,
             seed=given.seed,
+            kind=given.kind,
+            modalities=given.modalities,
             workers=given.workers,
         )
     except InputError as error:

@@ -1,16 +1,29 @@
-"""From patches to whole volumes."""
+"""From patches to whole volumes.
 
-from collections.abc import Callable, Sequence
-from typing import cast
+An inference is called with an image (B, C, X, Y, Z) of any size and a network, and returns the
+logits of all of it.
+"""
 
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor
 
-Segment = Callable[[Tensor], Tensor]
+from lightning_modules.networks.dnet import Geometry
+
+Network = Any  # has `segment`, the logits of patches; `ExactTiles` asks for `dense` too
+Inference = Callable[[Tensor, Network], Tensor]
 
 
 class SlidingWindow:
-    """Overlapping windows, blended by Gaussian weights (MONAI).
+    """Overlapping windows, blended by Gaussian weights (MONAI); for networks that pad.
 
     Args:
         patch_size: Side of the window in voxels, one number or three. A window of the training
@@ -26,20 +39,20 @@ class SlidingWindow:
         self.overlap = overlap
         self.batch_size = batch_size
 
-    def __call__(self, image: Tensor, segment: Segment) -> Tensor:
-        """Logits (B, R, X, Y, Z) of an image (B, C, X, Y, Z) of any size."""
+    def __call__(self, image: Tensor, network: Network) -> Tensor:
+        """Logits (B, R, X, Y, Z)."""
         logits = sliding_window_inference(
             image,
             roi_size=self.patch_size,
             sw_batch_size=self.batch_size,
-            predictor=lambda windows: _never_alone(windows, segment),
+            predictor=lambda windows: _never_alone(windows, network.segment),
             overlap=self.overlap,
             mode="gaussian",
         )
         return cast(Tensor, logits)
 
 
-def _never_alone(windows: Tensor, segment: Segment) -> Tensor:
+def _never_alone(windows: Tensor, segment: Callable[[Tensor], Tensor]) -> Tensor:
     """Segment a single window on a CPU as two.
 
     For batches of one, PyTorch leaves oneDNN wherever channels * X * Y is small: one window of 48³
@@ -48,3 +61,121 @@ def _never_alone(windows: Tensor, segment: Segment) -> Tensor:
     if len(windows) == 1 and windows.device.type == "cpu":
         return segment(windows.expand(2, *windows.shape[1:]))[:1]
     return segment(windows)
+
+
+class WholeVolume:
+    """One pass over the volume, zero padded at its far ends; for networks that pad.
+
+    Args:
+        divisor: The network takes sides that this divides.
+    """
+
+    def __init__(self, divisor: int) -> None:
+        self.divisor = divisor
+
+    def __call__(self, image: Tensor, network: Network) -> Tensor:
+        """Logits (B, R, X, Y, Z)."""
+        x, y, z = image.shape[2:]
+        return network.segment(_padded(image, before=0, multiple=self.divisor))[..., :x, :y, :z]
+
+
+class ExactTiles:
+    """A valid-convolution network over a volume: what one pass over all of it would give.
+
+    Around the volume are zeros, as around patches at its border in training. One pass if that
+    fits, else tiles that are cut from the *output*: each is computed from its own voxels and
+    their halo, so that no value depends on how the output was cut. (MONAI's sliding window takes a smaller output for
+    a coarser one and stretches it over the window; TorchIO's aggregator raises.)
+
+    Args:
+        geometry: Halo and stride of the network.
+        voxels_at_once: Input voxels of a pass, at most. Where memory runs out all the same, tiles
+            are halved until it does not.
+    """
+
+    def __init__(self, geometry: Geometry, voxels_at_once: int = 10_000_000) -> None:
+        self.geometry = geometry
+        self.voxels_at_once = voxels_at_once
+
+    def __call__(self, image: Tensor, network: Network) -> Tensor:
+        """Logits (B, R, ⌈X / stride⌉, ⌈Y / stride⌉, ⌈Z / stride⌉)."""
+        halo, stride = self.geometry
+        if image[0, 0].numel() <= self.voxels_at_once:
+            with suppress_out_of_memory():
+                return network.dense(_padded(image, before=0, multiple=stride))
+        grid = [math.ceil(side / stride) for side in image.shape[2:]]
+        padded = _padded(image, before=halo, multiple=stride)
+        tile = list(grid)
+        while max(tile) > 1:
+            if math.prod(map(self.input_side, tile)) <= self.voxels_at_once:
+                with suppress_out_of_memory():
+                    return self._tiled(padded, network, grid, tile)
+            tile = halved(tile)
+        return self._tiled(padded, network, grid, tile)
+
+    def input_side(self, output_side: int) -> int:
+        return output_side * self.geometry.stride + 2 * self.geometry.halo
+
+    def _tiled(
+        self, padded: Tensor, network: Network, grid: Sequence[int], tile: Sequence[int]
+    ) -> Tensor:
+        logits: Tensor | None = None
+        for start in tile_starts(grid, tile):
+            here = [
+                slice(s * self.geometry.stride, s * self.geometry.stride + self.input_side(side))
+                for s, side in zip(start, tile, strict=True)
+            ]
+            part = network.segment(padded[(..., *here)])
+            if logits is None:
+                logits = part.new_empty(*part.shape[:2], *grid)
+            there = (slice(s, s + side) for s, side in zip(start, tile, strict=True))
+            logits[(..., *there)] = part
+        assert logits is not None
+        return logits
+
+
+@contextmanager
+def suppress_out_of_memory() -> Iterator[None]:
+    """Go on behind the block where memory ran out in it; what it held is free again then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        logging.warning("out of memory: trying smaller tiles")
+
+
+def tile_starts(grid: Sequence[int], tile: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Where tiles start that cover a grid; the last of an axis is moved inwards to fit."""
+    return product(
+        *(
+            sorted({min(start, side - width) for start in range(0, side, width)})
+            for side, width in zip(grid, tile, strict=True)
+        )
+    )
+
+
+def halved(tile: Sequence[int]) -> list[int]:
+    """The tile with its longest side halved."""
+    longest = max(range(len(tile)), key=lambda axis: tile[axis])
+    return [math.ceil(side / 2) if axis == longest else side for axis, side in enumerate(tile)]
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _padded(image: Tensor, before: int, multiple: int) -> Tensor:
+    """Zeros around (B, C, X, Y, Z): `before` on all sides, and more at the far ends to fit."""
+    sides = reversed(image.shape[2:])
+    padding = [end for side in sides for end in (before, before + -side % multiple)]
+    return F.pad(image, padding)
+
+
+def repeated(coarse: Tensor, stride: int, shape: Sequence[int]) -> Tensor:
+    """Every voxel of (B, R, X', Y', Z') as stride³ voxels, cut to `shape` (X, Y, Z)."""
+    if stride > 1:
+        for axis in (2, 3, 4):
+            coarse = coarse.repeat_interleave(stride, dim=axis)
+    x, y, z = shape
+    return coarse[..., :x, :y, :z]

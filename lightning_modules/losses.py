@@ -1,16 +1,17 @@
-"""The terms of the loss of Frey & Nau 2019, section 2.2.
+"""The losses: Frey & Nau 2019, section 2.2, and Krivov & Belyaev 2018, section 2.2.
 
 Every term is computed in float32, whatever the precision of the network: the sums run over
 hundreds of thousands of voxels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.networks.aeunet import Latent
+from lightning_modules.networks.dnet import Geometry
 
 
 def soft_dice(logits: Tensor, mask: Tensor, smooth: float = 100.0) -> Tensor:
@@ -73,3 +74,39 @@ class RegionLoss(nn.Module):
         by_region = soft_dice(logits, mask, self.smooth)
         terms = dict(zip((f"dice_{region}" for region in self.regions), by_region, strict=True))
         return {**terms, "loss": (self.weights * by_region).sum()}
+
+
+class SparseCrossEntropy(nn.Module):
+    """Binary cross entropy against the mask that max pooling brings to the network's grid.
+
+    A box of stride³ voxels is positive if one voxel in it is (Krivov & Belyaev 2018, section 2.2).
+    With the geometry of a padded network, stride 1 and no halo, this is the usual voxelwise loss.
+
+    Args:
+        geometry: Halo and stride of the network.
+        regions: Names of the output channels.
+    """
+
+    def __init__(self, geometry: Geometry, regions: Sequence[str] = ("lesion",)) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.regions = list(regions)
+
+    def forward(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """`loss` of logits (B, R, X', Y', Z') of patches with masks (B, R, X, Y, Z)."""
+        halo = self.geometry.halo
+        inside = (..., *(slice(halo, side - halo) for side in mask.shape[2:]))
+        return self.on_volume(logits, mask[inside])
+
+    def on_volume(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """`loss` of logits of a whole volume, whose grid starts at the mask's first voxel."""
+        target = pooled(mask, self.geometry.stride).to(torch.float32)
+        return {"loss": F.binary_cross_entropy_with_logits(logits.float(), target)}
+
+
+def pooled(mask: Tensor, stride: int) -> Tensor:
+    """Whether any voxel of each box of stride³ is true: (B, R, X, Y, Z) to its ⌈sides / stride⌉."""
+    if stride == 1:
+        return mask
+    # Max pooling of bytes is not to be had on every device.
+    return F.max_pool3d(mask.float(), stride, ceil_mode=True) > 0

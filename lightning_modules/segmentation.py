@@ -1,20 +1,29 @@
 """Training on patches, scoring on whole volumes."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
 
-from lightning_modules.inference import SlidingWindow
-from lightning_modules.losses import RegionLoss, gaussian_kl, reconstruction_l2
-from lightning_modules.metrics import RegionMetrics
+from lightning_modules.inference import Inference
+from lightning_modules.losses import gaussian_kl, reconstruction_l2
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
+MakeMetrics = Callable[[], Metric]
+
+
+class Loss(Protocol):
+    """Terms by name of logits and masks of patches; `loss` is what is minimised."""
+
+    regions: list[str]
+
+    def __call__(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]: ...
 
 
 class Batch(TypedDict):
@@ -42,6 +51,7 @@ class SegmentationModule(pl.LightningModule):
         optimizer: Makes the optimizer of the parameters.
         scheduler: Makes the schedule of the optimizer; one step an epoch.
         inference: Whole volumes from patches.
+        metrics: Makes the scores of a stage; they have rows by case.
         threshold: Probability above which a voxel belongs to a region.
         channels_last: Memory layout of network and images. On CPUs, 3-D convolutions of few
             channels take half the time with channels last.
@@ -50,10 +60,11 @@ class SegmentationModule(pl.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        loss: RegionLoss,
+        loss: Loss,
         optimizer: MakeOptimizer,
         scheduler: MakeScheduler,
-        inference: SlidingWindow,
+        inference: Inference,
+        metrics: MakeMetrics,
         threshold: float = 0.5,
         channels_last: bool = True,
     ) -> None:
@@ -64,17 +75,16 @@ class SegmentationModule(pl.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.inference = inference
-        self.threshold = threshold
-        self.metrics: Any = nn.ModuleDict(
-            {stage: RegionMetrics(loss.regions) for stage in ("val", "test")}
-        )
+        self.threshold: Tensor
+        self.register_buffer("threshold", torch.tensor(threshold))
+        self.metrics: Any = nn.ModuleDict({stage: metrics() for stage in ("val", "test")})
 
     def forward(self, image: Tensor) -> Tensor:
         """Probabilities (B, R, X, Y, Z) of whole volumes (B, C, X, Y, Z)."""
         return self.logits(image).sigmoid()
 
     def logits(self, image: Tensor) -> Tensor:
-        return self.inference(image, lambda window: self.network.segment(self.arranged(window)))
+        return self.inference(self.arranged(image), self.network)
 
     def arranged(self, image: Tensor) -> Tensor:
         return image.contiguous(memory_format=self.memory_format)
@@ -131,6 +141,10 @@ class SegmentationModule(pl.LightningModule):
         self.metrics[stage].reset()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
 
+    def case_rows(self, stage: str) -> dict[int, dict[str, float]]:
+        """Scores of every case so far, by its index in the data set."""
+        return self.metrics[stage].rows()
+
     def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of eight types)
         optimizer = self.optimizer(self.network.parameters())
         schedule = {"scheduler": self.scheduler(optimizer), "interval": "epoch"}
@@ -151,16 +165,19 @@ class AutoencoderModule(SegmentationModule):
     def __init__(
         self,
         network: nn.Module,
-        loss: RegionLoss,
+        loss: Loss,
         optimizer: MakeOptimizer,
         scheduler: MakeScheduler,
-        inference: SlidingWindow,
+        inference: Inference,
+        metrics: MakeMetrics,
         threshold: float = 0.5,
         channels_last: bool = True,
         l2_weight: float = 0.1,
         kl_weight: float = 0.1,
     ) -> None:
-        super().__init__(network, loss, optimizer, scheduler, inference, threshold, channels_last)
+        super().__init__(
+            network, loss, optimizer, scheduler, inference, metrics, threshold, channels_last
+        )
         self.l2_weight = l2_weight
         self.kl_weight = kl_weight
 

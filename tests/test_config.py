@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,17 +21,28 @@ OPTIONS = {
     for folder in sorted((ROOT / "conf").iterdir())
     if folder.is_dir()
 }
-AXES = {  # what ablations sweep, beside the groups: each must change the network
+AXES = {  # what ablations sweep, with the groups among it: each must change the network
     "filters.base": [8, 16],
     "filters.ratio": [1.5, 2, 2.5],
     "model.depth": [3, 4, 5],
     "model.bottleneck": [32, 128],
+    **{group: OPTIONS[group] for group in ("norm", "activation", "downsampling")},
 }
-SMALL = ["data.sampler.patch_size=32", "filters.base=8"]
+AXES_OF = {
+    "aeunet": set(AXES),
+    "unet": {"filters.base", "filters.ratio", "model.depth", "norm", "activation"},
+    "dnet": {"filters.base", "filters.ratio", "activation"},  # its depth and norm are given
+}
+SMALL = {
+    "aeunet": ["data.sampler.patch_size=32"],
+    "unet": ["data.sampler.patch_size=32"],
+    "dnet": ["data.sampler.patch_size=68"],
+}
 
 
-def build(composed: Compose, *overrides: str):
-    return instantiate(composed(*SMALL, *overrides).module, _convert_="all")
+def build(composed: Compose, model: str, *overrides: str):
+    config = composed(f"model={model}", *SMALL[model], "filters.base=8", *overrides)
+    return instantiate(config.module, _convert_="all")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +51,8 @@ def build(composed: Compose, *overrides: str):
 )
 def test_every_option_builds(composed: Compose, group: str, option: str):
     mandatory = ["split.path=split.json"] if (group, option) == ("split", "file") else []
-    config = composed(*SMALL, f"{group}={option}", *mandatory)
+    small = SMALL[option if group == "model" else "aeunet"] if group != "experiment" else []
+    config = composed(*small, f"{group}={option}", *mandatory)
     module = instantiate(config.module, _convert_="all")
     optimizer = module.configure_optimizers()["optimizer"]
     assert optimizer.param_groups[0]["lr"] > 0
@@ -51,15 +63,12 @@ def test_every_option_builds(composed: Compose, group: str, option: str):
 
 
 @pytest.mark.parametrize(
-    ("model", "axis"),
-    list(product(OPTIONS["model"], ["norm", "activation", "downsampling", *AXES])),
+    ("model", "axis"), [(model, axis) for model in OPTIONS["model"] for axis in AXES_OF[model]]
 )
 def test_every_axis_changes_every_network(composed: Compose, model: str, axis: str):
     """A network that ignored an axis would make a sweep of equal runs."""
-    levels = AXES.get(axis) or OPTIONS[axis]
-    networks = [
-        str(build(composed, f"model={model}", f"{axis}={level}").network) for level in levels
-    ]
+    levels = AXES[axis]
+    networks = [str(build(composed, model, f"{axis}={level}").network) for level in levels]
     assert all(first != second for first, second in pairwise(networks))
     assert len(set(networks)) == len(levels)
 
@@ -74,6 +83,26 @@ def test_numbers_of_the_paper(composed: Compose):
     assert config.scheduler.power == 0.9
     assert dict(config.loss.weights) == {"WT": 0.33, "TC": 0.33, "ET": 0.33}
     assert (config.module.l2_weight, config.module.kl_weight) == (0.1, 0.1)
+
+
+def test_numbers_of_the_other_paper(composed: Compose):
+    config = composed("experiment=krivov2018", "model=dnet")
+    assert config.data.sampler.patch_size == 68
+    assert config.data.batch_size == 64
+    assert config.data.sampler.lesion_share == 0.5
+    assert config.data.sampler.others == "lesion_free"
+    assert config.filters == {"base": 16, "ratio": 2}
+    assert instantiate(config.data.sampler).halo == 26
+    config = composed("experiment=krivov2018", "model=unet")
+    assert list(config.data.sampler.patch_size) == [144, 160, 128]
+    assert config.data.batch_size == 2
+    assert config.split.test == 0.2
+
+
+def test_norm_that_breaks_exact_tiles_is_refused(composed: Compose):
+    config = composed("model=dnet", "norm=group")
+    with pytest.raises(Exception, match="norm: D-Net needs one that treats every voxel alike"):
+        instantiate(config.module, _convert_="all")
 
 
 def run_name(*overrides: str) -> str:

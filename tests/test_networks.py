@@ -9,7 +9,7 @@ from monai.networks.nets.segresnet import SegResNet
 from torch import nn
 
 from lightning_modules.losses import gaussian_kl, reconstruction_l2
-from lightning_modules.networks import AEUNet
+from lightning_modules.networks import AEUNet, DNet, UNet3D
 from lightning_modules.networks.blocks import (
     GroupNorm,
     PooledConv,
@@ -50,6 +50,73 @@ def test_widths(base: int, ratio: float, depth: int, expected: list[int]):
 )
 def test_parameter_count(filters: int, patch_size: int, expected: int):
     assert parameters(AEUNet(filters=filters, patch_size=patch_size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("network", "filters", "expected"),
+    [(DNet, 8, 124_057), (DNet, 16, 494_769), (UNet3D, 8, 2_534_361)],
+)
+def test_parameter_count_of_detectors(network: type, filters: int, expected: int):
+    assert parameters(network(filters=filters)) == expected
+
+
+def test_receptive_field_of_dnet_is_56_and_68_give_4():
+    network = DNet(filters=8).eval()
+    image = torch.randn(1, 1, 68, 68, 68, requires_grad=True)
+    logits = network(image).logits
+    assert logits.shape == (1, 1, 4, 4, 4)
+    for box in ((0, 0, 0), (3, 1, 2)):
+        (gradient,) = torch.autograd.grad(logits[(0, 0, *box)], image, retain_graph=True)
+        reached = gradient[0, 0].nonzero()
+        # Max pooling passes one of eight on: the border is not reached everywhere, but somewhere.
+        low, high = reached.min(0).values, reached.max(0).values
+        start = torch.tensor([4 * at for at in box])
+        assert (low >= start).all()
+        assert (high <= start + 55).all()
+        assert (low - start).max() <= 3
+        assert (start + 55 - high).max() <= 3
+
+
+def test_receptive_field_of_dnet_is_exactly_56_without_pooling_by_the_maximum():
+    """Average pooling passes everything on: the whole field of 56³ is reached, no more."""
+    network = DNet(filters=8, activation=nn.Identity).eval()
+    for level in list(network.down.levels)[1:]:
+        level[0] = nn.AvgPool3d(2)  # pyright: ignore[reportIndexIssue]
+    image = torch.randn(1, 1, 68, 68, 68, requires_grad=True)
+    (gradient,) = torch.autograd.grad(network(image).logits[0, 0, 1, 0, 3], image)
+    reached = gradient[0, 0].nonzero()
+    assert reached.min(0).values.tolist() == [4, 0, 12]
+    assert reached.max(0).values.tolist() == [59, 55, 67]
+
+
+def test_dnet_is_the_first_three_levels_of_the_unet():
+    small, large = DNet(filters=8, norm=nn.BatchNorm3d), UNet3D(filters=8, norm=nn.BatchNorm3d)
+    ours, theirs = small.down.state_dict(), large.down.state_dict()
+    kept = {name: value.shape for name, value in theirs.items() if name.split(".")[1] in "012"}
+    assert {name: value.shape for name, value in ours.items()} == kept
+    small.down.load_state_dict({name: theirs[name] for name in kept})
+    # Inside the halo, with and without padding are the same.
+    image = torch.randn(1, 1, 80, 80, 80)
+    with torch.no_grad():
+        valid = small.eval().down(image)[-1]
+        padded = large.eval().down(image)[2]
+    # 80 - 52 = 28 voxels, 7 boxes, from box 26 / 4 = 6.5: the grids differ by half a box unless
+    # the image is moved by two voxels.
+    with torch.no_grad():
+        moved = large.down(nn.functional.pad(image, (2, 2, 2, 2, 2, 2)))[2]
+    assert valid.shape[2:] == (7, 7, 7)
+    torch.testing.assert_close(valid, moved[..., 7:14, 7:14, 7:14], rtol=1e-4, atol=1e-5)
+    assert padded.shape[2:] == (20, 20, 20)
+
+
+@pytest.mark.parametrize(
+    ("norm", "activation"), list(product(NORMS, [nn.ReLU, nn.LeakyReLU]))
+)
+def test_every_weight_of_the_unet_learns(norm: str, activation: type[nn.Module]):
+    network = UNet3D(filters=8, depth=3, norm=NORMS[norm], activation=activation)
+    network(torch.randn(2, 1, 16, 16, 16)).logits.square().mean().backward()
+    still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still
 
 
 def test_segmentation_part_is_as_large_as_monais():
@@ -142,7 +209,7 @@ def test_groups_have_at_least_four_channels(channels: int, groups: int):
 
 
 def test_residual_block_is_the_identity_without_its_convolutions():
-    block = ResidualBlock(8, GroupNorm, nn.ReLU)
+    block = ResidualBlock(8, 8, GroupNorm, nn.ReLU)
     for module in block.modules():
         if isinstance(module, nn.Conv3d):
             nn.init.zeros_(module.weight)
@@ -152,8 +219,8 @@ def test_residual_block_is_the_identity_without_its_convolutions():
 
 def test_activations_in_place_leave_the_skips_alone():
     """The block's first norm must copy: an in-place activation of `x` would corrupt the sum."""
-    block = ResidualBlock(8, GroupNorm, partial(nn.LeakyReLU, inplace=True))
-    plain = ResidualBlock(8, GroupNorm, partial(nn.LeakyReLU, inplace=False))
+    block = ResidualBlock(8, 8, GroupNorm, partial(nn.LeakyReLU, inplace=True))
+    plain = ResidualBlock(8, 8, GroupNorm, partial(nn.LeakyReLU, inplace=False))
     plain.load_state_dict(block.state_dict())
     x = torch.randn(1, 8, 4, 4, 4)
     torch.testing.assert_close(block(x.clone()), plain(x))

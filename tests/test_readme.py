@@ -41,9 +41,18 @@ def test_make(command: str):
 SWEEP = (
     "python train.py -m model=aeunet norm=group,batch"  # test_train.py runs it, and looks closer
 )
+# test_detection.py runs them.
+DETECTION = {
+    "python train.py experiment=detection",
+    "python -m experiments.detection runs/detection",
+    "python train.py experiment=krivov2018 data.data_set.root=METASTASES",
+}
+ELSEWHERE = {SWEEP, *DETECTION}
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python") and c != SWEEP])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python") and c not in ELSEWHERE]
+)
 def test_python(
     command: str, composed: Callable[..., DictConfig], tiny: list[str], brats: Path, tmp_path: Path
 ):
@@ -59,7 +68,7 @@ def test_python(
         ours += [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}", "logger=csv"]
         words += [*ours, f"data.data_set.root={brats}", "filters.base=8", "trainer=debug"]
     if "datamodules.phantom" in words:
-        words[words.index("data/phantom-1mm")] = str(tmp_path / "phantoms")
+        words[3] = str(tmp_path / "phantoms")
         words[words.index("1")] = "4"
         words[words.index("100")] = "1"
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """Metrics over whole volumes, as torchmetrics `Metric` subclasses."""
 
+from lightning_modules.metrics.lesions import LesionMetrics, LesionReport
 from lightning_modules.metrics.regions import RegionMetrics
 
-__all__ = ["RegionMetrics"]
+__all__ = ["LesionMetrics", "LesionReport", "RegionMetrics"]

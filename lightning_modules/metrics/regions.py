@@ -37,7 +37,7 @@ class RegionMetrics(Metric):
 
     def __init__(self, regions: Sequence[str]) -> None:
         super().__init__()
-        self.regions = list(regions)
+        self.names = [f"dice_{region}" for region in regions]
         self.add_state("index", default=[], dist_reduce_fx="cat")
         self.add_state("dice", default=[], dist_reduce_fx="cat")
 
@@ -49,15 +49,15 @@ class RegionMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """`dice_<region>` and their mean `dice`, each the mean over the cases."""
-        by_case = self.rows()
-        by_region = torch.stack(list(by_case.values())).mean(0)
-        named = {f"dice_{name}": value for name, value in zip(self.regions, by_region, strict=True)}
-        return {**named, "dice": by_region.mean()}
+        rows = self.rows().values()
+        by_region = torch.tensor([list(row.values()) for row in rows]).mean(0)
+        return {**dict(zip(self.names, by_region, strict=True)), "dice": by_region.mean()}
 
-    def rows(self) -> dict[int, Tensor]:
-        """Dice by region (R,) of each case, by its index, in order."""
+    def rows(self) -> dict[int, dict[str, float]]:
+        """Scores of each case by name, by its index, in order."""
         index = _concatenated(self.index).tolist()
-        return dict(sorted(zip(index, _concatenated(self.dice), strict=True)))
+        by_case = dict(zip(index, _concatenated(self.dice).tolist(), strict=True))
+        return {number: dict(zip(self.names, by_case[number], strict=True)) for number in sorted(by_case)}
 
 
 def _concatenated(state: list[Tensor] | Tensor) -> Tensor:

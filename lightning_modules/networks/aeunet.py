@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         down += [downsampling(*pair) for pair in pairwise(filters)]
         self.down = nn.ModuleList(down)
         self.levels = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width, norm, activation) for _ in range(blocks)))
+            nn.Sequential(*(ResidualBlock(width, width, norm, activation) for _ in range(blocks)))
             for width, blocks in zip(filters, BLOCKS_PER_LEVEL, strict=False)
         )
 
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         coarse_to_fine = list(filters)[::-1]
         self.up = nn.ModuleList(Upsample(*pair) for pair in pairwise(coarse_to_fine))
         self.levels = nn.ModuleList(
-            ResidualBlock(width, norm, activation) for width in coarse_to_fine[1:]
+            ResidualBlock(width, width, norm, activation) for width in coarse_to_fine[1:]
         )
         self.head = nn.Sequential(
             norm(filters[0]), activation(), nn.Conv3d(filters[0], out_channels, 1)

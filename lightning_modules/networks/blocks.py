@@ -65,21 +65,42 @@ class PooledConv(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block (He et al. 2016): norm, activation, 3³ conv, twice."""
+    """Pre-activation residual block (He et al. 2016): norm, activation, 3³ conv, twice.
 
-    def __init__(self, channels: int, norm: MakeNorm, activation: MakeActivation) -> None:
+    Args:
+        in_channels: Of the input.
+        out_channels: Of the output; where they differ, a 1³ convolution is the shortcut.
+        norm, activation: Make the parts.
+        padding: 1 keeps the size; 0 loses two voxels a side.
+        on_image: The first block of a network starts with the convolution: a norm would take from
+            an image how bright it is.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: MakeNorm,
+        activation: MakeActivation,
+        padding: int = 1,
+        on_image: bool = False,
+    ) -> None:
         super().__init__()
+        before = () if on_image else (norm(in_channels), activation())
         self.body = nn.Sequential(
-            norm(channels),
+            *before,
+            nn.Conv3d(in_channels, out_channels, 3, padding=padding, bias=False),
+            norm(out_channels),
             activation(),
-            nn.Conv3d(channels, channels, 3, padding=1, bias=False),
-            norm(channels),
-            activation(),
-            nn.Conv3d(channels, channels, 3, padding=1, bias=False),
+            nn.Conv3d(out_channels, out_channels, 3, padding=padding, bias=False),
         )
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
+        self.lost = 2 * (1 - padding)  # voxels a side
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        kept = (..., *(slice(self.lost, size - self.lost) for size in x.shape[2:]))
+        return self.shortcut(x[kept]) + self.body(x)
 
 
 class Upsample(nn.Module):

@@ -1,0 +1,157 @@
+"""Whole volumes from valid convolutions: exact for every shape and tile, on the right voxels."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.inference import ExactTiles, WholeVolume, halved, repeated, tile_starts
+from lightning_modules.networks import DNet, UNet3D
+from lightning_modules.networks.dnet import Geometry, geometry
+
+
+@pytest.fixture(scope="module")
+def network() -> DNet:
+    """Trained-looking: the statistics and the affine part of its norms are not the initial ones."""
+    torch.manual_seed(0)
+    network = DNet(in_channels=2, filters=8)
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm3d):
+            part.running_mean.normal_()  # pyright: ignore[reportOptionalMemberAccess]
+            part.running_var.uniform_(0.5, 2)  # pyright: ignore[reportOptionalMemberAccess]
+            part.weight.data.uniform_(0.5, 2)
+            part.bias.data.normal_()
+    return network.eval()
+
+
+def reference(network: DNet, image: Tensor) -> Tensor:
+    """One valid pass over the volume with all of its halo, padded by torch."""
+    halo, stride = network.halo, network.stride
+    x, y, z = (halo + -side % stride for side in image.shape[2:])
+    return network.segment(nn.functional.pad(image, (halo, z, halo, y, halo, x)))
+
+
+@pytest.mark.parametrize("remainder", list(product(range(4), repeat=3)))
+@torch.inference_mode()
+def test_dense_and_tiled_equal_one_valid_pass_for_every_shape(
+    network: DNet, remainder: tuple[int, int, int]
+):
+    shape = [side + more for side, more in zip((4, 4, 8), remainder, strict=True)]
+    image = torch.randn(1, 2, *shape)
+    expected = reference(network, image)
+    assert expected.shape[2:] == tuple(-(-side // 4) for side in shape)
+    for voxels_at_once in (10**7, 60**3):  # whole, and in tiles
+        logits = ExactTiles(geometry(), voxels_at_once)(image, network)
+        assert (logits - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize("voxels_at_once", [10**7, 64**3, 60**3, 1])
+@torch.inference_mode()
+def test_bit_for_bit_where_no_sum_is_rounded(voxels_at_once: int):
+    """Weights of -1, 0 and 1, images of whole numbers: in float64 nothing depends on the order."""
+    torch.manual_seed(0)
+    network = DNet(filters=8, norm=nn.Identity, activation=nn.ReLU).double().eval()
+    for weight in network.parameters():
+        weight.copy_(torch.randint(-1, 2, weight.shape))
+    image = torch.randint(-2, 3, (1, 1, 9, 6, 7)).double()
+    expected = reference(network, image)
+    assert expected.abs().max() > 1e3
+    assert torch.equal(ExactTiles(geometry(), voxels_at_once)(image, network), expected)
+
+
+@torch.inference_mode()
+def test_float64_stays_within_1e_12_of_one_pass(network: DNet):
+    double = DNet(in_channels=2, filters=8).double().eval()
+    double.load_state_dict(network.state_dict())
+    image = torch.randn(1, 2, 9, 6, 7, dtype=torch.float64)
+    expected = reference(double, image)
+    for voxels_at_once in (10**7, 60**3):
+        logits = ExactTiles(geometry(), voxels_at_once)(image, double)
+        torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_channels_last_is_kept_and_changes_nothing(network: DNet):
+    image = torch.randn(1, 2, 12, 16, 12)
+    last = network.dense(image.contiguous(memory_format=torch.channels_last_3d))
+    torch.testing.assert_close(last, network.dense(image), rtol=1e-4, atol=1e-5)
+
+
+class OwnCell(nn.Module):
+    """D-Net's geometry without its context: the highest value of each box."""
+
+    def segment(self, x: Tensor) -> Tensor:
+        return nn.functional.max_pool3d(x[..., 26:-26, 26:-26, 26:-26], 4)
+
+    def dense(self, x: Tensor) -> Tensor:
+        return self.segment(nn.functional.pad(x, (26,) * 6))
+
+
+@pytest.mark.parametrize("voxel", [(0, 0, 0), (3, 4, 7), (8, 11, 12), (13, 9, 14)])
+@pytest.mark.parametrize("voxels_at_once", [10**7, 1])
+def test_a_voxel_lights_its_own_cell(voxel: tuple[int, int, int], voxels_at_once: int):
+    image = torch.zeros(1, 1, 14, 13, 15)
+    image[(0, 0, *voxel)] = 1
+    logits = ExactTiles(geometry(), voxels_at_once)(image, OwnCell())
+    assert torch.nonzero(logits[0, 0]).tolist() == [[at // 4 for at in voxel]]
+    full = repeated(logits, 4, image.shape[2:])
+    assert full.shape == image.shape
+    assert full[(0, 0, *voxel)] == 1
+    x, y, z = (4 * (at // 4) for at in voxel)
+    assert full.sum() == full[..., x : x + 4, y : y + 4, z : z + 4].sum()
+
+
+class SmallMachine(OwnCell):
+    """Runs out of memory as PyTorch does, above a number of voxels."""
+
+    def __init__(self, voxels: int) -> None:
+        super().__init__()
+        self.voxels = voxels
+
+    def segment(self, x: Tensor) -> Tensor:
+        if x[0, 0].numel() > self.voxels:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ...")
+        return super().segment(x)
+
+
+def test_tiles_shrink_until_memory_is_enough():
+    image = torch.rand(1, 1, 33, 30, 27)
+    expected = ExactTiles(geometry())(image, OwnCell())
+    assert torch.equal(ExactTiles(geometry())(image, SmallMachine(64**3)), expected)
+    with pytest.raises(RuntimeError, match="can't allocate"):  # not even one box fits
+        ExactTiles(geometry())(image, SmallMachine(50**3))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="channels"):
+        ExactTiles(geometry())(torch.rand(1, 3, 8, 8, 8), DNet(in_channels=1).eval())
+
+
+def test_tiles_cover_the_grid_and_stay_inside():
+    for grid, tile in (((5, 4, 3), (2, 4, 1)), ((7, 1, 6), (3, 1, 4))):
+        seen = torch.zeros(grid)
+        for start in tile_starts(grid, tile):
+            box = tuple(slice(s, s + side) for s, side in zip(start, tile, strict=True))
+            assert seen[box].shape == tile
+            seen[box] += 1
+        assert seen.min() == 1
+    assert halved([4, 9, 2]) == [4, 5, 2]
+
+
+@torch.inference_mode()
+def test_whole_volume_of_any_shape():
+    torch.manual_seed(0)
+    network = UNet3D(filters=8, norm=nn.BatchNorm3d).eval()
+    image = torch.randn(1, 1, 19, 16, 30)
+    logits = WholeVolume(16)(image, network)
+    assert logits.shape == (1, 1, 19, 16, 30)
+    padded = nn.functional.pad(image, (0, 2, 0, 0, 0, 13))
+    assert torch.equal(logits, network.segment(padded)[..., :19, :16, :30])
+
+
+def test_geometry_of_an_input():
+    assert geometry() == Geometry(halo=26, stride=4)
+    assert geometry().output_side(68) == 4
+    with pytest.raises(ValueError, match=r"expected 52 \+ a multiple of 4, found 70"):
+        geometry().output_side(70)

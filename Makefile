@@ -12,21 +12,29 @@ help:
 	@echo "make format  ruff, in place"
 
 # --no-compile: byte code is made for what is imported, not for all of the packages.
-$(BIN)/.installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --editable .
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --upgrade pip
+
+$(BIN)/.installed: pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable .
 	touch $@
 
 $(BIN)/.dev: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
-demo: $(BIN)/.installed
+# pip unpacks on one core. The other makes the phantoms in the meantime: they need few packages.
+demo: | $(BIN)/python
+	$(BIN)/python -c "import nilearn, filelock, rich" 2> /dev/null || $(INSTALL) nilearn filelock rich
+	$(BIN)/python -m datamodules.phantom data/phantom-2mm --cases 48 --spacing-mm 2 & \
+	  $(MAKE) $(BIN)/.installed && wait
 	$(BIN)/python train.py
 
 test: $(BIN)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

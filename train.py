@@ -56,6 +56,7 @@ def run_id(*, _root_: DictConfig) -> str:
 OmegaConf.register_new_resolver("run_id", run_id, replace=True)
 OmegaConf.register_new_resolver("len", len, replace=True)
 OmegaConf.register_new_resolver("basename", os.path.basename, replace=True)
+OmegaConf.register_new_resolver("min", min, replace=True)
 
 
 USER_ERRORS = (InputError, FloatingPointError, InstantiationException)

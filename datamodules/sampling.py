@@ -74,7 +74,9 @@ class BalancedSampler(PatchSampler):
             if value not in known:
                 raise ValueError(f"{name}: expected {' or '.join(known)}, got {value}")
         if min(self.size) <= 2 * halo:
-            raise ValueError(f"patch_size: expected more than twice the halo of {halo}, got {min(self.size)}")
+            raise ValueError(
+                f"patch_size: expected more than twice the halo of {halo}, got {min(self.size)}"
+            )
         self.scale = (low, high)
         self.lesion_free = others == "lesion_free"
         self.halo = halo
@@ -153,9 +155,7 @@ class BalancedSampler(PatchSampler):
         """Sides of what a patch shows at a scale, and of a margin of it, in source voxels."""
         return _triple(max(1, round(side / scale)) for side in self.size), round(margin / scale)
 
-    def _start(
-        self, labels: np.ndarray, lesion: np.ndarray, scale: float
-    ) -> tuple[int, int, int]:
+    def _start(self, labels: np.ndarray, lesion: np.ndarray, scale: float) -> tuple[int, int, int]:
         """First voxel of a random box whose output lies inside the volume.
 
         Where there are lesion voxels, around one of them.

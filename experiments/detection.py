@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from hydra.experimental.callback import Callback
+from hydra.experimental.callback import Callback  # noqa: TID251  (the hook of a sweep's end)
 
 from errors import InputError
 
@@ -116,12 +116,10 @@ def test_again(run: Path, volumes: Callable[[dict[str, Any]], Iterable[dict[str,
 
 def test_volumes(run: Path, config: dict[str, Any]) -> "torch.utils.data.Dataset[dict[str, Any]]":
     """The test cases of a run, from its cache."""
-    from hydra.utils import instantiate
-
     from datamodules.patches import Volumes
+    from lightning_modules.checkpoint import build
 
-    data = {key: config["data"][key] for key in ("data_set", "cache")}
-    data_set, cache = (instantiate(data[key], _convert_="all") for key in data)
+    data_set, cache = build(config["data"]["data_set"]), build(config["data"]["cache"])
     names = set(json.loads((run / "split.json").read_text())["test"])
     cases = [case for case in data_set.cases() if case.name in names]
     return Volumes(cache.build(cases, data_set), data_set)
@@ -167,7 +165,10 @@ def peak_mib(module: Any, volume: "torch.Tensor") -> float:  # noqa: ANN401  (an
         with torch.inference_mode():
             module.logits(image)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+    with (
+        torch.inference_mode(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p,
+    ):
         module.logits(image)
     assert p.profiler is not None
     events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -175,7 +176,9 @@ def peak_mib(module: Any, volume: "torch.Tensor") -> float:  # noqa: ANN401  (an
     return float(np.max(np.cumsum(steps))) / 2**20
 
 
-def table(tested: Sequence[Tested], durations: dict[str, np.ndarray], memory: dict[str, float]) -> list[dict[str, str]]:
+def table(
+    tested: Sequence[Tested], durations: dict[str, np.ndarray], memory: dict[str, float]
+) -> list[dict[str, str]]:
     """Rows of Table 1: a network each, over its seeds."""
     from lightning_modules.metrics.lesions import COUNTS
 
@@ -185,9 +188,7 @@ def table(tested: Sequence[Tested], durations: dict[str, np.ndarray], memory: di
         if not runs:
             continue
         # (seeds, patients, counts)
-        counts = np.stack(
-            [run.report.counts[:, run.report.number(run.threshold)] for run in runs]
-        )
+        counts = np.stack([run.report.counts[:, run.report.number(run.threshold)] for run in runs])
         lesions = np.array(runs[0].report.lesions_of())
         everyone = np.ones(len(lesions))
         of = {
@@ -200,7 +201,7 @@ def table(tested: Sequence[Tested], durations: dict[str, np.ndarray], memory: di
         }
         scores = [run.report.at(run.threshold) for run in runs]
         by_size = {
-            key.removeprefix("sensitivity_"): f"{np.nanmean([score[key] for score in scores]):.3f}"
+            key.removeprefix("sensitivity_"): mean_of(scores, key)
             for key in scores[0]
             if key.endswith(("mm", "mm_up"))
         }
@@ -214,7 +215,7 @@ def table(tested: Sequence[Tested], durations: dict[str, np.ndarray], memory: di
                 "FP of the seeds": " ".join(f"{s['false_positives']:.2f}" for s in scores),
                 "merged": f"{np.mean([s['merged'] for s in scores]):.1f}",
                 "split": f"{np.mean([s['split'] for s in scores]):.1f}",
-                "lesion Dice": f"{np.nanmean([s['lesion_dice'] for s in scores]):.3f}",
+                "lesion Dice": mean_of(scores, "lesion_dice"),
                 **by_size,
                 "seconds a volume": f"{np.median(durations[model]):.3f}",
                 "peak MiB": f"{memory[model]:.0f}",
@@ -223,6 +224,12 @@ def table(tested: Sequence[Tested], durations: dict[str, np.ndarray], memory: di
             }
         )
     return rows
+
+
+def mean_of(scores: Sequence[dict[str, float]], key: str) -> str:
+    """Over the seeds in which it is defined; a dash where it is in none."""
+    values = [score[key] for score in scores if not np.isnan(score[key])]
+    return f"{np.mean(values):.3f}" if values else "-"
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
@@ -289,15 +296,15 @@ def write_report(folder: Path) -> Path:
     Raises:
         InputError: No finished run, or runs that were tested on different cases.
     """
+    runs = sorted(path.parent for path in folder.glob("*/results.json"))
+    if not runs:
+        raise InputError(f"{folder}: no finished run found; expected */results.json")
+
     import torch
     from rich.progress import track
 
     from lightning_modules.checkpoint import read
-    from lightning_modules.results import is_finished
 
-    runs = sorted(path.parent for path in folder.glob("*/results.json") if is_finished(path.parent))
-    if not runs:
-        raise InputError(f"{folder}: no finished run found; expected */results.json")
     tests = {run: json.loads((run / "split.json").read_text())["test"] for run in runs}
     for run, names in tests.items():
         if names != tests[runs[0]]:
@@ -334,7 +341,8 @@ def write_report(folder: Path) -> Path:
     device = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         f"{len(runs)} runs, {cases} test cases with {lesions} lesions, volumes as {shape} voxels "
-        f"of {tested[0].spacing_mm:g} mm. In brackets: 95 % bootstrap over patients, seeds averaged.",
+        f"of {tested[0].spacing_mm:g} mm. In brackets: the 95 % interval of a bootstrap over "
+        "patients, seeds averaged.",
         "",
         markdown([*rows, *paper]),
         "",

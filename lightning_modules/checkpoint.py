@@ -61,6 +61,11 @@ def load(path: str | Path) -> Loaded:
     return Loaded(module.eval(), config)
 
 
+def build(node: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever `_target_` names)
+    """What a part of a checkpoint's configuration describes: its data set, its cache, ..."""
+    return instantiate(node, _convert_="all")
+
+
 def check_same_network(path: str | Path, model: Mapping[str, Any]) -> None:
     """Refuse to continue from a checkpoint whose network was built from other values.
 

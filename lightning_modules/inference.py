@@ -84,8 +84,9 @@ class ExactTiles:
 
     Around the volume are zeros, as around patches at its border in training. One pass if that
     fits, else tiles that are cut from the *output*: each is computed from its own voxels and
-    their halo, so that no value depends on how the output was cut. (MONAI's sliding window takes a smaller output for
-    a coarser one and stretches it over the window; TorchIO's aggregator raises.)
+    their halo, so that no value depends on how the output was cut. (MONAI's sliding window takes
+    a smaller output for a coarser one and stretches it over the window; TorchIO's aggregator
+    raises.)
 
     Args:
         geometry: Halo and stride of the network.

@@ -38,6 +38,14 @@ SMALL = {
     "unet": ["data.sampler.patch_size=32"],
     "dnet": ["data.sampler.patch_size=68"],
 }
+MODEL_OF = {  # of options that are about detection
+    ("model", "dnet"): "dnet",
+    ("model", "unet"): "unet",
+    ("data", "metastases"): "dnet",
+    ("data", "phantom_metastases"): "dnet",
+    ("experiment", "detection"): "dnet",
+    ("experiment", "krivov2018"): "unet",
+}
 
 
 def build(composed: Compose, model: str, *overrides: str):
@@ -51,15 +59,17 @@ def build(composed: Compose, model: str, *overrides: str):
 )
 def test_every_option_builds(composed: Compose, group: str, option: str):
     mandatory = ["split.path=split.json"] if (group, option) == ("split", "file") else []
-    small = SMALL[option if group == "model" else "aeunet"] if group != "experiment" else []
-    config = composed(*small, f"{group}={option}", *mandatory)
-    module = instantiate(config.module, _convert_="all")
+    model = MODEL_OF.get((group, option), "aeunet")
+    small = SMALL[model] if group != "experiment" else []
+    chosen = [f"{group}={option}"] if group == "model" else [f"model={model}", f"{group}={option}"]
+    config = composed(*chosen, *small, *mandatory)
+    module = instantiate(config.module, _convert_="all").eval()
     optimizer = module.configure_optimizers()["optimizer"]
     assert optimizer.param_groups[0]["lr"] > 0
     instantiate(config.data, _convert_="all")
     image = torch.randn(1, len(config.data.data_set.modalities), 16, 16, 16)
     with torch.no_grad():
-        assert module(image).shape == (1, len(config.data.data_set.regions), 16, 16, 16)
+        assert module(image).shape == (1, config.model.out_channels, 16, 16, 16)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_overfits_one_batch(composed: Compose, small: list[str], model: str):
     batch = {"image": image + 3 * mask, "mask": mask, "case": ["a"] * 4}
     optimizer = torch.optim.Adam(module.parameters(), 1e-2)
     losses = []
-    for _ in range(12):
+    for _ in range(20):
         loss = module.terms(batch)["loss"]
         optimizer.zero_grad()
         loss.backward()
@@ -155,14 +155,15 @@ def test_experiment_runs_from_the_command_line(small: list[str], tmp_path: Path,
     ]
     if experiment == "detection":
         overrides.append("~data.data_set.count")
+    if experiment == "krivov2018":  # one network will do
+        overrides.append("model=dnet")
     done = cli("train.py", f"experiment={experiment}", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| U-Net |" in done.stdout
     assert "| D-Net |" in done.stdout
-    assert len(list((tmp_path / "runs").glob("*/best.ckpt"))) == 2
+    assert ("| U-Net |" in done.stdout) == (experiment == "detection")
     again = cli("-m", "experiments.detection", str(tmp_path / "runs"))
     assert again.returncode == 0, again.stderr
-    assert "D-Net is" in again.stdout
+    assert "| D-Net |" in again.stdout
 
 
 def test_report_without_runs_is_one_clear_line(tmp_path: Path):

@@ -131,6 +131,34 @@ def test_every_batch_is_exactly_half(
                 assert sum(has_lesion[start : start + batch_size]) == batch_size // 2
 
 
+def test_no_random_volume_gives_a_mislabelled_patch():
+    """Volumes, lesions, patches, halos and scales at random: what is asked for is what comes."""
+    rng = np.random.default_rng(0)
+    kinds = {True: 0, False: 0}
+    for seed in range(150):
+        torch.manual_seed(seed)
+        shape = tuple(rng.integers(5, 26, 3))
+        labels = (rng.random(shape) < rng.choice([0.0, 0.001, 0.01, 0.1])).astype(np.uint8)
+        image = rng.standard_normal((1, *shape)).astype(np.float16)
+        halo = int(rng.integers(0, 4))
+        side = int(rng.integers(1, 9)) + 2 * halo
+        region = str(rng.choice(["output", "patch"]))
+        scale = (1.0, 1.0) if rng.random() < 0.3 else (0.7, 1.4)
+        sampler = BalancedSampler(
+            side, scale=scale, others="lesion_free", halo=halo, region=region  # pyright: ignore
+        )  # fmt: skip
+        margin = halo if region == "output" else 0
+        inside = (slice(margin, side - margin),) * 3
+        if labels.any():
+            kinds[True] += 1
+            patch = sampler.draw(image, labels, np.flatnonzero(labels))
+            assert patch.labels[inside].any()
+        if sampler.can_avoid(labels):
+            kinds[False] += 1
+            assert not sampler.draw(image, labels, labels[:0]).labels[inside].any()
+    assert min(kinds.values()) > 80
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_batch_of_every_rank_is_exactly_half(ranks: int):
     sampler = BalancedSampler(12, others="lesion_free")
@@ -161,7 +189,7 @@ def test_what_cannot_be_balanced_is_refused(root: Path, tmp_path: Path):
         queue_of(tmp_path / "free", tmp_path, sampler, 8)
     with pytest.raises(InputError, match="every patch of 12 voxels in each of the 1 training"):
         queue_of(tmp_path / "full", tmp_path, sampler, 8)
-    with pytest.raises(ValueError, match="batch_size: .* exactly 0.5 with a lesion"):
+    with pytest.raises(ValueError, match=r"batch_size: .* exactly 0.5 with a lesion"):
         PatchDataModule(None, None, None, sampler, None, 96, batch_size=3)  # pyright: ignore
 
 

@@ -109,9 +109,7 @@ def test_dnet_is_the_first_three_levels_of_the_unet():
     assert padded.shape[2:] == (20, 20, 20)
 
 
-@pytest.mark.parametrize(
-    ("norm", "activation"), list(product(NORMS, [nn.ReLU, nn.LeakyReLU]))
-)
+@pytest.mark.parametrize(("norm", "activation"), list(product(NORMS, [nn.ReLU, nn.LeakyReLU])))
 def test_every_weight_of_the_unet_learns(norm: str, activation: type[nn.Module]):
     network = UNet3D(filters=8, depth=3, norm=NORMS[norm], activation=activation)
     network(torch.randn(2, 1, 16, 16, 16)).logits.square().mean().backward()

@@ -14,7 +14,9 @@ from lightning_modules.networks import DNet, UNet3D
 from lightning_modules.networks.dnet import Geometry, geometry
 
 
-def module(network: nn.Module, inference: ExactTiles | WholeVolume, grid: Geometry) -> DetectionModule:
+def module(
+    network: nn.Module, inference: ExactTiles | WholeVolume, grid: Geometry
+) -> DetectionModule:
     """A network as it is used after training; its weights do not matter here."""
     return DetectionModule(
         network,

@@ -7,6 +7,7 @@ too (Krivov & Belyaev 2018, section 3, and the design's settled readings).
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -197,9 +198,11 @@ class LesionReport(NamedTuple):
             "split": total["split"],
             "lesion_dice": total["dice"] / total["detected"] if total["detected"] else nothing,
         }
-        for low, high in zip(SIZE_BINS_MM[:-1], SIZE_BINS_MM[1:], strict=True):
+        for low, high in pairwise(SIZE_BINS_MM):
             inside = (self.lesions[:, 1] >= low) & (self.lesions[:, 1] < high)
-            name = f"sensitivity_{low:g}mm_up" if np.isinf(high) else f"sensitivity_{low:g}-{high:g}mm"
+            name = (
+                f"sensitivity_{low:g}mm_up" if np.isinf(high) else f"sensitivity_{low:g}-{high:g}mm"
+            )
             found = self.lesions[inside, 2] > self.thresholds[number]
             scores[name] = float(found.mean()) if inside.any() else nothing
         return scores

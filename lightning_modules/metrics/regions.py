@@ -57,7 +57,10 @@ class RegionMetrics(Metric):
         """Scores of each case by name, by its index, in order."""
         index = _concatenated(self.index).tolist()
         by_case = dict(zip(index, _concatenated(self.dice).tolist(), strict=True))
-        return {number: dict(zip(self.names, by_case[number], strict=True)) for number in sorted(by_case)}
+        return {
+            number: dict(zip(self.names, by_case[number], strict=True))
+            for number in sorted(by_case)
+        }
 
 
 def _concatenated(state: list[Tensor] | Tensor) -> Tensor:

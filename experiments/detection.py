@@ -250,6 +250,8 @@ def froc_figure(tested: Sequence[Tested], path: Path) -> None:
             sensitivity, false_positives = run.report.froc()
             label = name if number == 0 else None
             ax.plot(false_positives, sensitivity, color=colour, alpha=0.7, label=label)
+            strict, _ = run.report.froc("one_to_one")
+            ax.plot(false_positives, strict, ":", color=colour, alpha=0.7)
             at = run.report.number(run.threshold)
             ax.plot(false_positives[at], sensitivity[at], "o", color=colour)
     ax.set_xscale("symlog", linthresh=0.25)
@@ -257,7 +259,7 @@ def froc_figure(tested: Sequence[Tested], path: Path) -> None:
     ax.set_ylim(0, 1)
     ax.set_xlabel("false positives a patient")
     ax.set_ylabel("sensitivity")
-    ax.set_title("FROC on the test cases; dots: thresholds chosen on validation cases")
+    ax.set_title("Test cases (dotted: one to one); dots: thresholds of the validation")
     ax.legend()
     ax.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

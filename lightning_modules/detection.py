@@ -17,9 +17,9 @@ from lightning_modules.segmentation import (
 class DetectionModule(SegmentationModule):
     """Fits a network to where lesions are; scores it lesion by lesion (Krivov & Belyaev 2018).
 
-    The threshold is the operating point: after every validation it is set to the one of highest
-    sensitivity with at most `target_fp` false positives a patient, and goes into the checkpoint
-    with the weights that it was chosen for. Test scores are those at that threshold.
+    The threshold is the operating point: after every validation it is set to the one that finds
+    most lesions (one to one) with at most `target_fp` false positives a patient, and goes into the
+    checkpoint with the weights that it was chosen for. Test scores are those at that threshold.
 
     Args:
         network: As of `SegmentationModule`; its output may be coarser, by `loss.geometry`.

@@ -203,6 +203,20 @@ def test_threshold_for_a_target():
     assert report((np.ones(truth.shape), volume())).choose(0) == pytest.approx(THRESHOLDS[-1])
 
 
+def test_a_flooded_brain_is_not_the_best_operating_point():
+    """Below .2 all is one component that touches both lesions, without a false positive."""
+    truth = volume((1, 1, 1), (5, 5, 5))
+    probability = np.full(truth.shape, 0.2)
+    probability[1, 1, 1] = 0.9
+    probability[5, 5, 5] = 0.8
+    probability[9, 9, 9] = 0.5
+    found = report((probability, truth))
+    flooded = found.at(0.1)
+    assert (flooded["sensitivity"], flooded["false_positives"]) == (1, 0)
+    assert flooded["sensitivity_one_to_one"] == 0.5
+    assert 0.5 <= found.choose(0) < 0.8
+
+
 def test_sizes_are_scored_apart():
     small, large = (1, 1, 1), (s(5, 11), s(5, 11), s(5, 11))  # of 1.2 and 7.4 voxels' diameter
     scores = report((volume(large), volume(small, large))).at(HALF)

@@ -119,8 +119,8 @@ def test_both_orientations_occur_and_show_the_same_patient(
 def test_tumours_are_nested_and_of_plausible_size(cases: list[Phantom]) -> None:
     for case in cases:
         core, oedema = np.isin(case.labels, (1, 4)), case.labels == 2
-        assert 0.5 < volume_ml(core, SPACING_MM) < 120
-        assert volume_ml(core | oedema, SPACING_MM) < 350
+        assert 3 < volume_ml(core, SPACING_MM) < 200
+        assert volume_ml(core | oedema, SPACING_MM) < 450
         near_mm = 60  # of the core: oedema does not turn up elsewhere
         near = binary_dilation(core, iterations=int(near_mm / SPACING_MM))
         assert oedema[near].sum() == oedema.sum()
@@ -216,7 +216,13 @@ def test_files(written: Path) -> None:
             for affine in (image.get_sform(), image.get_qform()):
                 np.testing.assert_allclose(affine, case.affine, atol=1e-5)
     settings = json.loads((written / "phantoms.json").read_text())
-    assert settings == {"version": phantom.VERSION, "seed": 0, "spacing_mm": 6.0}
+    assert settings == {
+        "version": phantom.VERSION,
+        "seed": 0,
+        "spacing_mm": 6.0,
+        "kind": "glioma",
+        "modalities": sorted(MODALITIES),
+    }
 
 
 def test_extending_keeps_what_is_there_and_equals_writing_at_once(
@@ -273,7 +279,7 @@ def test_a_case_that_fails_half_way_is_not_there(
 
 def test_a_case_that_another_process_wrote_first_stays(written: Path) -> None:
     before = volumes(written)
-    phantom._write_case(written, 0, 0, 6)
+    phantom._write_case(written, phantom._Settings(0, 6.0, "glioma", MODALITIES), 0)
     assert volumes(written) == before
     assert not [path for path in written.iterdir() if path.is_dir() and path.name.startswith(".")]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules.inference import SlidingWindow
 from lightning_modules.losses import RegionLoss
+from lightning_modules.metrics import RegionMetrics
 from lightning_modules.networks import AEUNet
 from lightning_modules.segmentation import AutoencoderModule, SegmentationModule
 
@@ -36,6 +37,7 @@ def module(network: nn.Module, kind: type[SegmentationModule] = SegmentationModu
         partial(torch.optim.Adam, lr=1e-2),
         partial(torch.optim.lr_scheduler.PolynomialLR, total_iters=50, power=0.9),
         SlidingWindow(16),
+        partial(RegionMetrics, ["WT", "TC", "ET"]),
         **more,
     )
 

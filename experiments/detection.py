@@ -2,7 +2,8 @@
 
 `python train.py experiment=detection` trains them and ends here; `python -m experiments.detection
 runs/detection` does it again. Every run is tested on the cases of its own `split.json`, at the
-threshold that its checkpoint carries.
+threshold that its checkpoint carries, or at one chosen anew on its validation cases for another
+target (`--target-fp`).
 """
 
 import argparse
@@ -10,7 +11,7 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,8 +87,14 @@ def bootstrap(hits: np.ndarray, of: np.ndarray, draws: int = DRAWS, seed: int = 
     return Interval(float(value), float(low), float(high))
 
 
-def test_again(run: Path, volumes: Callable[[dict[str, Any]], Iterable[dict[str, Any]]]) -> Tested:
-    """Load a finished run and score its test cases."""
+def retest(run: Path, target_fp: float | None = None) -> Tested:
+    """Load a finished run and score its test cases.
+
+    Args:
+        run: Folder of the run.
+        target_fp: Choose the threshold anew, for so many false positives a patient on the
+            validation cases.
+    """
     import torch
 
     from lightning_modules.checkpoint import load
@@ -96,17 +103,14 @@ def test_again(run: Path, volumes: Callable[[dict[str, Any]], Iterable[dict[str,
     results = Results.read(run)
     module, config = load(run / results.checkpoint)
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")
-    metrics: Any = module.metrics["test"]  # pyright: ignore[reportIndexIssue]
-    with torch.inference_mode():
-        for volume in volumes(config):
-            image = volume["image"][None].to(module.device)
-            mask, index = volume["mask"][None], torch.tensor([volume["index"]])
-            metrics.update(module.logits(image).sigmoid(), mask, index)  # pyright: ignore
+    threshold = float(module.threshold)  # pyright: ignore[reportArgumentType]
+    if target_fp is not None:
+        threshold = score(module, volumes_of(run, config, "validation")).choose(target_fp)
     return Tested(
         model=config["choices"]["model"],
         seed=config["seed"],
-        report=metrics.compute(),
-        threshold=float(module.threshold),  # pyright: ignore[reportArgumentType]
+        report=score(module, volumes_of(run, config, "test")),
+        threshold=threshold,
         fit_s=results.fit_s,
         parameters=results.parameters,
         module=module,
@@ -114,13 +118,27 @@ def test_again(run: Path, volumes: Callable[[dict[str, Any]], Iterable[dict[str,
     )
 
 
-def test_volumes(run: Path, config: dict[str, Any]) -> "torch.utils.data.Dataset[dict[str, Any]]":
-    """The test cases of a run, from its cache."""
+def score(module: Any, volumes: Iterable[dict[str, Any]]) -> "LesionReport":  # noqa: ANN401
+    """Lesions of volumes, by a `DetectionModule`."""
+    import torch
+
+    metrics = module.metrics["test"]
+    metrics.reset()
+    with torch.inference_mode():
+        for volume in volumes:
+            image = volume["image"][None].to(module.device)
+            index = torch.tensor([volume["index"]])
+            metrics.update(module.logits(image).sigmoid(), volume["mask"][None], index)
+    return metrics.compute()
+
+
+def volumes_of(run: Path, config: dict[str, Any], part: str) -> Any:  # noqa: ANN401  (a data set)
+    """The "test" or "validation" cases of a run, from its cache."""
     from datamodules.patches import Volumes
     from lightning_modules.checkpoint import build
 
     data_set, cache = build(config["data"]["data_set"]), build(config["data"]["cache"])
-    names = set(json.loads((run / "split.json").read_text())["test"])
+    names = set(json.loads((run / "split.json").read_text())[part])
     cases = [case for case in data_set.cases() if case.name in names]
     return Volumes(cache.build(cases, data_set), data_set)
 
@@ -292,8 +310,12 @@ def example_figure(tested: Sequence[Tested], volume: dict[str, Any], path: Path)
     figure.savefig(path, dpi=120)
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, target_fp: float | None = None) -> Path:
     """Table, FROC and example from the finished runs below a folder; returns the Markdown file.
+
+    Args:
+        folder: Of the runs.
+        target_fp: As of `retest`.
 
     Raises:
         InputError: No finished run, or runs that were tested on different cases.
@@ -312,8 +334,8 @@ def write_report(folder: Path) -> Path:
         if names != tests[runs[0]]:
             raise InputError(f"{run}: tested on other cases than {runs[0]}")
     config = read(runs[0] / "best.ckpt")["config"]
-    volumes: Any = test_volumes(runs[0], config)
-    tested = [test_again(run, lambda _: volumes) for run in track(runs, "testing")]
+    volumes = volumes_of(runs[0], config, "test")
+    tested = [retest(run, target_fp) for run in track(runs, "testing")]
     first = {run.model: run for run in reversed(tested)}
     images = [volume["image"] for volume in volumes]
     durations = seconds_a_volume({m: run.module for m, run in first.items()}, images)
@@ -375,9 +397,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.detection", description="D-Net against the U-Net: the report."
     )
     parser.add_argument("folder", type=Path, help="of the runs, such as runs/detection")
+    parser.add_argument(
+        "--target-fp",
+        type=float,
+        help="choose thresholds anew on the validation cases, for so many false positives a "
+        "patient; default: those in the checkpoints",
+    )
     given = parser.parse_args(arguments)
     try:
-        print(write_report(given.folder).read_text())
+        print(write_report(given.folder, given.target_fp).read_text())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

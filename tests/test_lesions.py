@@ -217,6 +217,19 @@ def test_a_flooded_brain_is_not_the_best_operating_point():
     assert 0.5 <= found.choose(0) < 0.8
 
 
+def test_the_threshold_does_not_pass_through_false_positives_to_get_below_them():
+    """Noise at .5 to .7 that .2 joins to one flood: no false positive there, many on the way."""
+    truth = volume((1, 1, 1))
+    probability = np.full(truth.shape, 0.2)
+    probability[3::3, 3::3, 3::3] = 0.6
+    probability[1, 1, 1] = 0.3  # below the noise: only the flood finds it
+    found = report((probability, truth))
+    assert found.at(0.1)["sensitivity_one_to_one"] == 1
+    assert found.at(0.1)["false_positives"] == 0
+    assert found.at(0.4)["false_positives"] == 27
+    assert found.choose(1) > 0.6
+
+
 def test_sizes_are_scored_apart():
     small, large = (1, 1, 1), (s(5, 11), s(5, 11), s(5, 11))  # of 1.2 and 7.4 voxels' diameter
     scores = report((volume(large), volume(small, large))).at(HALF)

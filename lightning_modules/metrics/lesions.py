@@ -168,12 +168,13 @@ class LesionReport(NamedTuple):
     def choose(self, target_fp: float) -> float:
         """The threshold that finds most lesions with at most so many false positives a patient.
 
-        Lesions are counted one to one: a prediction that floods the brain is one component, which
-        touches every lesion and is no false positive, so that by the rule of the paper nothing
-        would be better. The highest threshold of all where none keeps to the target.
+        A prediction that floods the brain is one component, which touches every lesion and is no
+        false positive: by the rule of the paper nothing would be better. So the threshold is
+        lowered only as long as the target is kept all the way, and lesions are counted one to one.
+        The highest threshold of all where none keeps to the target.
         """
         sensitivity, false_positives = self.froc("one_to_one")
-        allowed = false_positives <= target_fp
+        allowed = np.logical_and.accumulate((false_positives <= target_fp)[::-1])[::-1]
         if not allowed.any():
             return float(self.thresholds[-1])
         best = sensitivity[allowed].max()

@@ -266,10 +266,13 @@ def froc_figure(tested: Sequence[Tested], path: Path) -> None:
     for (model, name), colour in zip(NAMES.items(), ("#457b9d", "#e63946"), strict=True):
         for number, run in enumerate(run for run in tested if run.model == model):
             sensitivity, false_positives = run.report.froc()
-            label = name if number == 0 else None
-            ax.plot(false_positives, sensitivity, color=colour, alpha=0.7, label=label)
             strict, _ = run.report.froc("one_to_one")
-            ax.plot(false_positives, strict, ":", color=colour, alpha=0.7)
+            label = name if number == 0 else None
+            # Below the threshold of most false positives the components grow together.
+            apart = slice(int(false_positives.argmax()), None)
+            line = {"color": colour, "alpha": 0.7}
+            ax.plot(false_positives[apart], sensitivity[apart], label=label, **line)
+            ax.plot(false_positives[apart], strict[apart], ":", **line)
             at = run.report.number(run.threshold)
             ax.plot(false_positives[at], sensitivity[at], "o", color=colour)
     ax.set_xscale("symlog", linthresh=0.25)

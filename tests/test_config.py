@@ -73,7 +73,8 @@ def test_every_option_builds(composed: Compose, group: str, option: str):
 
 
 @pytest.mark.parametrize(
-    ("model", "axis"), [(model, axis) for model in OPTIONS["model"] for axis in AXES_OF[model]]
+    ("model", "axis"),
+    [(model, axis) for model in OPTIONS["model"] for axis in sorted(AXES_OF[model])],
 )
 def test_every_axis_changes_every_network(composed: Compose, model: str, axis: str):
     """A network that ignored an axis would make a sweep of equal runs."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.cases import Case, read_volume
+from datamodules.cases import Case, check_choice, read_volume
 from errors import InputError
 
 # Modality -> endings of its files: until 2021, and since 2023.
@@ -63,15 +63,8 @@ class BraTS:
         self.root = Path(root)
         self.modalities: Sequence[str] = tuple(modalities)
         self.regions: Sequence[str] = tuple(regions)
-        for key, chosen, known in (
-            ("modalities", self.modalities, ENDINGS),
-            ("regions", self.regions, REGIONS),
-        ):
-            if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
-                raise InputError(
-                    f"{key}: expected a choice of {', '.join(known)}, each at most once; "
-                    f"found {', '.join(chosen) or 'none'}"
-                )
+        check_choice("modalities", self.modalities, ENDINGS)
+        check_choice("regions", self.regions, REGIONS)
 
     def prepare(self) -> None:
         """Nothing is missing: the files are the user's."""

@@ -4,7 +4,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -69,6 +69,20 @@ class DataSet(Protocol):
     def at(self, root: Path) -> "DataSet":
         """The same kind of data set in another folder; for predicting new cases."""
         ...
+
+
+def check_choice(key: str, chosen: Sequence[str], known: Iterable[str]) -> None:
+    """See that a value is a choice of what is known.
+
+    Raises:
+        InputError: Nothing chosen, something unknown, or something twice.
+    """
+    known = list(known)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
+        raise InputError(
+            f"{key}: expected a choice of {', '.join(known)}, each at most once; "
+            f"found {', '.join(chosen) or 'none'}"
+        )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.cases import Case
+from datamodules.cases import Case, check_choice
 from errors import InputError
 
 MODALITIES = ("t1ce", "t1", "t2", "flair")
@@ -33,15 +33,7 @@ class Metastases:
     def __init__(self, root: str | Path, modalities: Sequence[str] = ("t1ce",)) -> None:
         self.root = Path(root)
         self.modalities: Sequence[str] = tuple(modalities)
-        if (
-            not self.modalities
-            or len(set(self.modalities)) < len(self.modalities)
-            or not set(self.modalities) <= set(MODALITIES)
-        ):
-            raise InputError(
-                f"modalities: expected a choice of {', '.join(MODALITIES)}, each at most once; "
-                f"found {', '.join(self.modalities) or 'none'}"
-            )
+        check_choice("modalities", self.modalities, MODALITIES)
 
     def prepare(self) -> None:
         """Nothing is missing: the files are the user's."""

@@ -30,7 +30,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from datamodules.brats import BraTS
-from datamodules.cases import Case
+from datamodules.cases import Case, check_choice
 from datamodules.metastases import Metastases
 from errors import InputError
 
@@ -1021,8 +1021,7 @@ def write_phantoms(
         raise InputError(f"count: 0 or more cases expected, {count} found")
     if kind not in KINDS:
         raise InputError(f"kind: expected one of {', '.join(KINDS)}, found {kind}")
-    if unknown := set(modalities) - set(MODALITIES):
-        raise InputError(f"modalities: expected {', '.join(MODALITIES)}, found {min(unknown)}")
+    check_choice("modalities", modalities, MODALITIES)
     root = Path(root)
     settings = _Settings(seed, float(spacing_mm), kind, sorted(modalities))
     _claim(root, {"version": VERSION, **settings._asdict()})

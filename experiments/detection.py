@@ -41,7 +41,7 @@ class Tested(NamedTuple):
         model: Choice of the group `model`.
         seed: Of the run.
         report: Lesions of the test cases, by index.
-        threshold: Of the checkpoint.
+        threshold: Of the checkpoint, or chosen anew.
         fit_s: Duration of the training.
         parameters: Of the network.
         module: On the CPU or the GPU, in evaluation mode.
@@ -331,12 +331,13 @@ def write_report(folder: Path, target_fp: float | None = None) -> Path:
     from rich.progress import track
 
     from lightning_modules.checkpoint import read
+    from lightning_modules.results import Results
 
     tests = {run: json.loads((run / "split.json").read_text())["test"] for run in runs}
     for run, names in tests.items():
         if names != tests[runs[0]]:
             raise InputError(f"{run}: tested on other cases than {runs[0]}")
-    config = read(runs[0] / "best.ckpt")["config"]
+    config = read(runs[0] / Results.read(runs[0]).checkpoint)["config"]
     volumes = volumes_of(runs[0], config, "test")
     tested = [retest(run, target_fp) for run in track(runs, "testing")]
     first = {run.model: run for run in reversed(tested)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_modules.networks.dnet import Geometry
 
-Network = Any  # has `segment`, the logits of patches; `ExactTiles` asks for `dense` too
+Network = Any  # has `segment`, the logits of patches, and what an inference says that it asks for
 Inference = Callable[[Tensor, Network], Tensor]
 
 
@@ -66,17 +66,13 @@ def _never_alone(windows: Tensor, segment: Callable[[Tensor], Tensor]) -> Tensor
 class WholeVolume:
     """One pass over the volume, zero padded at its far ends; for networks that pad.
 
-    Args:
-        divisor: The network takes sides that this divides.
+    The network's `divisor` divides the sides that it takes.
     """
-
-    def __init__(self, divisor: int) -> None:
-        self.divisor = divisor
 
     def __call__(self, image: Tensor, network: Network) -> Tensor:
         """Logits (B, R, X, Y, Z)."""
         x, y, z = image.shape[2:]
-        return network.segment(_padded(image, before=0, multiple=self.divisor))[..., :x, :y, :z]
+        return network.segment(_padded(image, before=0, multiple=network.divisor))[..., :x, :y, :z]
 
 
 class ExactTiles:
@@ -87,6 +83,8 @@ class ExactTiles:
     their halo, so that no value depends on how the output was cut. (MONAI's sliding window takes
     a smaller output for a coarser one and stretches it over the window; TorchIO's aggregator
     raises.)
+
+    The network has `dense`: the one pass, around which it knows zeros to be.
 
     Args:
         geometry: Halo and stride of the network.

@@ -116,6 +116,12 @@ def test_norm_that_breaks_exact_tiles_is_refused(composed: Compose):
         instantiate(config.module, _convert_="all")
 
 
+def test_patch_that_does_not_fill_whole_boxes_is_refused(composed: Compose):
+    config = composed("model=dnet", "data.sampler.patch_size=70")
+    with pytest.raises(Exception, match=r"patch_size: expected 52 \+ a multiple of 4, found 70"):
+        instantiate(config.module, _convert_="all")
+
+
 def run_name(*overrides: str) -> str:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("config", list(overrides), return_hydra_config=True)

@@ -161,7 +161,7 @@ def test_experiment_runs_from_the_command_line(small: list[str], tmp_path: Path,
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| D-Net |" in done.stdout
     assert ("| U-Net |" in done.stdout) == (experiment == "detection")
-    again = cli("-m", "experiments.detection", str(tmp_path / "runs"))
+    again = cli("-m", "experiments.detection", str(tmp_path / "runs"), "--target-fp", "1")
     assert again.returncode == 0, again.stderr
     assert "| D-Net |" in again.stdout
 

@@ -144,7 +144,7 @@ def test_whole_volume_of_any_shape():
     torch.manual_seed(0)
     network = UNet3D(filters=8, norm=nn.BatchNorm3d).eval()
     image = torch.randn(1, 1, 19, 16, 30)
-    logits = WholeVolume(16)(image, network)
+    logits = WholeVolume()(image, network)
     assert logits.shape == (1, 1, 19, 16, 30)
     padded = nn.functional.pad(image, (0, 2, 0, 0, 0, 13))
     assert torch.equal(logits, network.segment(padded)[..., :19, :16, :30])

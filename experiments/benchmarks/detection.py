@@ -41,7 +41,7 @@ def main() -> None:
     torch.manual_seed(0)
     modules = {
         "unet": module(
-            UNet3D(filters=given.filters, norm=nn.BatchNorm3d), WholeVolume(16), Geometry(0, 1)
+            UNet3D(filters=given.filters, norm=nn.BatchNorm3d), WholeVolume(), Geometry(0, 1)
         ),
         "dnet": module(DNet(filters=given.filters), ExactTiles(geometry(), 2**30), geometry()),
         "dnet, padded by its halo": module(

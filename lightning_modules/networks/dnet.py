@@ -1,5 +1,6 @@
 """D-Net of Krivov & Belyaev 2018 (section 2.2, figure 1)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,17 @@ def geometry() -> Geometry:
     blocks = BLOCKS_PER_LEVEL[:LEVELS]
     halo = sum(2 * count * 2**level for level, count in enumerate(blocks))
     return Geometry(halo, 2 ** (LEVELS - 1))
+
+
+def geometry_for(patch_size: int | Sequence[int]) -> Geometry:
+    """Of D-Net, for patches of a size that it takes.
+
+    Raises:
+        ValueError: As `Geometry.output_side`.
+    """
+    for side in (patch_size,) if isinstance(patch_size, int) else patch_size:
+        geometry().output_side(side)
+    return geometry()
 
 
 def halo() -> int:

@@ -88,9 +88,6 @@ class UNet3D(nn.Module):
         ValueError: The depth is out of range.
     """
 
-    halo = 0  # the output covers the input, voxel by voxel
-    stride = 1
-
     def __init__(
         self,
         in_channels: int = 1,

@@ -1,5 +1,6 @@
 """Tiny data for all tests: real NIfTI files, made here, seconds in all."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import train  # noqa: F401  (registers the resolvers of the configuration)
 ROOT = Path(__file__).parents[1]
 RAS_1MM = np.eye(4)
 
-torch.set_num_threads(1)  # tensors of tests are too small to be worth a second thread
+# Tensors of tests are too small to be worth a second thread, here and in commands that tests run.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def blob(shape: tuple[int, ...], centre: tuple[float, ...], radius: float) -> np.ndarray:

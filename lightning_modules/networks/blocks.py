@@ -4,6 +4,7 @@ A choice is a constructor: `norm(channels)`, `activation()`, `downsampling(in_ch
 out_channels)`. Networks call them and never ask which one they were given.
 """
 
+import math
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -112,3 +113,21 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         return F.interpolate(self.conv(x), size, mode="trilinear", align_corners=False)
+
+
+class Logits(nn.Conv3d):
+    """1³ convolution to logits that start near a prior probability (Lin et al. 2017, section 3.3).
+
+    Where one voxel in a thousand is lesion, the first hundred steps would otherwise go into
+    learning how rare lesions are.
+
+    Args:
+        in_channels: Of the features.
+        out_channels: Regions.
+        prior: Probability that the untrained network gives to every voxel.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, prior: float) -> None:
+        super().__init__(in_channels, out_channels, 1)
+        assert self.bias is not None
+        nn.init.constant_(self.bias, math.log(prior / (1 - prior)))

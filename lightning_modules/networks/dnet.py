@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.networks.blocks import MakeActivation, MakeNorm
+from lightning_modules.networks.blocks import Logits, MakeActivation, MakeNorm
 from lightning_modules.networks.blocks import widths as level_widths
 from lightning_modules.networks.unet import BLOCKS_PER_LEVEL, ContractingPath, Segmentation
 
@@ -75,6 +75,7 @@ class DNet(nn.Module):
         filters: Filters of the finest level.
         ratio: Filters of a level over those of the next finer one.
         norm, activation: Make the parts.
+        prior: Probability that the untrained network gives to every voxel: lesions are rare.
 
     Raises:
         ValueError: A norm that looks at the whole image, as group and instance norm do.
@@ -88,13 +89,14 @@ class DNet(nn.Module):
         ratio: float = 2,
         norm: MakeNorm = nn.BatchNorm3d,
         activation: MakeActivation = nn.LeakyReLU,
+        prior: float = 0.01,
     ) -> None:
         super().__init__()
         self.halo, self.stride = geometry()
         self.widths = level_widths(filters, ratio, LEVELS)
         self.down = ContractingPath(in_channels, self.widths, norm, activation, padding=0)
         self.head = nn.Sequential(
-            norm(self.widths[-1]), activation(), nn.Conv3d(self.widths[-1], out_channels, 1)
+            norm(self.widths[-1]), activation(), Logits(self.widths[-1], out_channels, prior)
         )
         if any(isinstance(part, nn.GroupNorm | nn.InstanceNorm3d) for part in self.modules()):
             raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_modules.networks.blocks import (
     GroupNorm,
+    Logits,
     MakeActivation,
     MakeNorm,
     ResidualBlock,
@@ -83,6 +84,7 @@ class UNet3D(nn.Module):
         ratio: Filters of a level over those of the next finer one.
         depth: Levels.
         norm, activation: Make the parts.
+        prior: Probability that the untrained network gives to every voxel: lesions are rare.
 
     Raises:
         ValueError: The depth is out of range.
@@ -97,6 +99,7 @@ class UNet3D(nn.Module):
         depth: int = 5,
         norm: MakeNorm = GroupNorm,
         activation: MakeActivation = nn.LeakyReLU,
+        prior: float = 0.01,
     ) -> None:
         super().__init__()
         if not 2 <= depth <= len(BLOCKS_PER_LEVEL):
@@ -111,7 +114,7 @@ class UNet3D(nn.Module):
             for width in coarse_to_fine[1:]
         )
         self.head = nn.Sequential(
-            norm(self.widths[0]), activation(), nn.Conv3d(self.widths[0], out_channels, 1)
+            norm(self.widths[0]), activation(), Logits(self.widths[0], out_channels, prior)
         )
 
     def forward(self, x: Tensor) -> Segmentation:

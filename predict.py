@@ -1,99 +1,249 @@
-"""Segment new cases with a trained network, onto their own grid. See conf/predict.yaml."""
+"""Segment new cases with one trained network or several, onto their own grid; conf/predict.yaml."""
 
+import json
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from datamodules.cache import Volume
     from datamodules.cases import Case, DataSet
+    from lightning_modules.inference import Ensemble
+    from lightning_modules.operating_point import OperatingPoint
+
+SETTINGS_NAME = "predicted_with.json"
+PRECISIONS = {"32": "float32", "16": "float16", "bf16": "bfloat16"}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="predict")
 def main(config: DictConfig) -> None:
     try:
-        predict(
-            Path(config.checkpoint),
-            Path(config.input),
-            Path(config.output),
-            pictures=config.pictures,
-            device=config.device,
-        )
+        predictor = Predictor.of(OmegaConf.to_container(config, throw_on_missing=True))  # pyright: ignore
+        cases = predictor.data_set.at(config.input).cases()
+        failed = predictor(cases, Path(config.output))
     except (InputError, MissingMandatoryValue) as error:
         logging.error(str(error).splitlines()[0])
         raise SystemExit(1) from None
+    if failed:
+        logging.error("%d of %d cases failed: %s", len(failed), len(cases), ", ".join(failed))
+        raise SystemExit(1)
 
 
-def predict(checkpoint: Path, source: Path, output: Path, *, pictures: bool, device: str) -> None:
-    """Write `output/CASE.nii.gz` for every case in `source`; print scores where there are masks.
+@dataclass(frozen=True)
+class Predictor:
+    """Cases in, label maps out.
+
+    Attributes:
+        ensemble: One network or more.
+        data_set: What the networks were trained on: modalities, regions, labels.
+        spacing_mm: Of the volumes that the networks see.
+        point: Thresholds and least volumes of the regions.
+        settings: All that the label maps depend on beside the cases, for `SETTINGS_NAME`.
+        device: Name, or "auto".
+        probabilities: Write them too.
+        pictures: Write them too.
+        again: Predict what is there already.
+    """
+
+    ensemble: "Ensemble"
+    data_set: "DataSet"
+    spacing_mm: float
+    point: "OperatingPoint"
+    settings: Mapping[str, Any]
+    device: str = "auto"
+    probabilities: bool = False
+    pictures: bool = True
+    again: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Predictor":
+        """From the values of conf/predict.yaml.
+
+        Raises:
+            InputError: Checkpoints, thresholds or a precision that cannot be used.
+        """
+        import torch
+
+        from lightning_modules.checkpoint import build, find, load_ensemble
+
+        paths = find(given["checkpoint"])
+        precision = PRECISIONS.get(str(given["precision"]))
+        if precision is None:
+            raise InputError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, found {given['precision']}"
+            )
+        flip_axes = (0, 1, 2) if given["flips"] else ()
+        ensemble, config = load_ensemble(paths, flip_axes, getattr(torch, precision))
+        data_set = build(config["data"]["data_set"])
+        threshold = float(ensemble.members[0].threshold)  # pyright: ignore[reportArgumentType]
+        point = operating_point(given["thresholds"], data_set.regions, threshold)
+        return cls(
+            ensemble=ensemble,
+            data_set=data_set,
+            spacing_mm=config["data"]["cache"]["spacing_mm"],
+            point=point,
+            settings={
+                "checkpoint": [str(path.resolve()) for path in paths],
+                "flips": bool(given["flips"]),
+                "precision": str(given["precision"]),
+                **asdict(point),
+            },
+            device=given["device"],
+            probabilities=given["probabilities"],
+            pictures=given["pictures"],
+            again=given["again"],
+        )
+
+    def at(self, point: "OperatingPoint") -> "Predictor":
+        """The same networks at other thresholds."""
+        return replace(self, point=point, settings={**self.settings, **asdict(point)})
+
+    def __call__(self, cases: Sequence["Case"], output: Path) -> list[str]:
+        """Write `output/CASE.nii.gz` for every case; print scores where there are masks.
+
+        Cases that are there already are left alone; after one that cannot be used, the others
+        follow.
+
+        Returns:
+            The names of those that could not be used.
+
+        Raises:
+            InputError: The folder holds what other networks or thresholds have predicted.
+        """
+        from rich.progress import Progress
+
+        output.mkdir(parents=True, exist_ok=True)
+        self.claim(output)
+        failed = []
+        with Progress() as progress:
+            for case in progress.track(cases, description="predicting"):
+                if (output / f"{case.name}.nii.gz").exists() and not self.again:
+                    continue
+                try:
+                    title = self.predict(case, output)
+                except InputError as error:
+                    progress.console.print(f"failed: {error}", markup=False)
+                    failed.append(case.name)
+                else:
+                    progress.console.print(title, markup=False)
+        return failed
+
+    def claim(self, output: Path) -> None:
+        """Write down what the label maps of a folder are made with; see that it is no other."""
+        path = output / SETTINGS_NAME
+        settings = json.loads(json.dumps(dict(self.settings)))
+        if path.exists() and not self.again and (found := json.loads(path.read_text())) != settings:
+            key = next(key for key in settings if found.get(key) != settings[key])
+            raise InputError(
+                f"{path}: {key} is {found.get(key)} there and {settings[key]} here; give another "
+                "output, or again=true to replace what is there"
+            )
+        path.write_text(json.dumps(settings, indent=1) + "\n")
+
+    def estimate(self, case: "Case") -> "tuple[Volume, np.ndarray]":
+        """A case on the grid that the networks see, and probabilities (R, X, Y, Z) there."""
+        import torch
+
+        from datamodules.cache import Preprocessing
+
+        # All of the brain, whatever crop the patches of the training came from.
+        volume = Preprocessing(self.spacing_mm, crop="brain")(case, self.data_set)
+        image = torch.from_numpy(volume.image).float()[None]
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return volume, self.ensemble.on(image, device)[0].numpy()
+
+    def predict(self, case: "Case", output: Path) -> str:
+        """Predict and write one case; returns its name and scores.
+
+        Raises:
+            InputError: A file that cannot be used.
+        """
+        import numpy as np
+
+        from datamodules.cache import restore
+        from datamodules.cases import open_volume, write_volume
+        from lightning_modules.pictures import draw_case
+
+        regions, data_set = self.data_set.regions, self.data_set
+        volume, estimate = self.estimate(case)
+        reference = case.images[data_set.modalities[0]]
+        probabilities = restore(estimate, volume.affine, reference)
+        voxel_mm3 = float(abs(np.linalg.det(open_volume(reference).affine[:3, :3])))
+        brain_mm3 = int((volume.image != 0).any(0).sum()) * self.spacing_mm**3
+        found = self.point.masks(
+            probabilities, regions, int(brain_mm3 / voxel_mm3), voxel_mm3, case.name
+        )
+        if self.probabilities:
+            path = output / f"{case.name}_probabilities.nii.gz"
+            write_volume(path, np.moveaxis(probabilities, 0, -1), reference)
+        written = output / f"{case.name}.nii.gz"
+        write_volume(written, data_set.to_labels(found), reference)
+
+        thresholds = np.array([self.point.thresholds[region] for region in regions])
+        title = case.name
+        masks = {"prediction": estimate > thresholds[:, None, None, None]}
+        if case.mask is not None:
+            masks = {"truth": data_set.to_regions(volume.labels), **masks}
+            title = f"{case.name}: {dice_of(written, case, data_set)}"
+        if self.pictures:
+            rows = {
+                name: dict(zip(regions, by_region, strict=True))
+                for name, by_region in masks.items()
+            }
+            figure = draw_case(volume.image[-1].astype("float32"), rows, title)
+            figure.savefig(output / f"{case.name}.png", dpi=80)
+        return title
+
+
+def operating_point(
+    given: str | float | Mapping[str, float], regions: Sequence[str], of_checkpoint: float
+) -> "OperatingPoint":
+    """What `thresholds` stands for: see conf/predict.yaml.
 
     Raises:
-        InputError: The checkpoint or a case cannot be used; label maps written before stay.
+        InputError: A region without threshold, or a file that is none of `evaluate.py`.
     """
-    import torch
-    from rich.progress import Progress
+    from lightning_modules.operating_point import PAPER, OperatingPoint
 
-    from datamodules.cache import Preprocessing, restore
-    from datamodules.cases import write_labels
-    from lightning_modules.checkpoint import load
-    from lightning_modules.pictures import draw_case
-
-    module, config = load(checkpoint)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = module.to(device)
-    threshold = float(module.threshold)
-    data_set = instantiate(config["data"]["data_set"], _convert_="all").at(source)
-    # All of the brain, whatever crop the patches of the training came from.
-    preprocess = Preprocessing(config["data"]["cache"]["spacing_mm"], crop="brain")
-    cases = data_set.cases()
-    output.mkdir(parents=True, exist_ok=True)
-    with Progress() as progress, torch.inference_mode():
-        for case in progress.track(cases, description="predicting"):
-            volume = preprocess(case, data_set)
-            image = torch.from_numpy(volume.image).float()[None].to(module.device)
-            probabilities = module(image)[0].cpu().numpy()
-            reference = case.images[data_set.modalities[0]]
-            regions = restore(probabilities, volume.affine, reference) > threshold
-            written = output / f"{case.name}.nii.gz"
-            write_labels(written, data_set.to_labels(regions), reference)
-
-            title = case.name
-            masks = {"prediction": probabilities > threshold}
-            if case.mask is not None:
-                masks = {"truth": data_set.to_regions(volume.labels), **masks}
-                title = f"{case.name}: {scores(written, case, data_set)}"
-                progress.console.print(title)
-            if pictures:
-                rows = {
-                    name: dict(zip(data_set.regions, by_region, strict=True))
-                    for name, by_region in masks.items()
-                }
-                figure = draw_case(volume.image[-1].astype("float32"), rows, title)
-                figure.savefig(output / f"{case.name}.png", dpi=80)
+    if given == "checkpoint":
+        return OperatingPoint(dict.fromkeys(regions, of_checkpoint))
+    if given == "paper":
+        point = OperatingPoint(PAPER)
+    elif isinstance(given, str):
+        point = OperatingPoint.read(Path(given))
+    elif isinstance(given, Mapping):
+        point = OperatingPoint(given)
+    else:
+        point = OperatingPoint(dict.fromkeys(regions, float(given)))
+    if missing := [region for region in regions if region not in point.thresholds]:
+        raise InputError(
+            f"thresholds: expected one for each of {', '.join(regions)}, found none for "
+            f"{', '.join(missing)}"
+        )
+    return point
 
 
-def scores(written: Path, case: "Case", data_set: "DataSet") -> str:
-    """Dice of each region between two label files, on the grid that they are stored on."""
+def dice_of(written: Path, case: "Case", data_set: "DataSet") -> str:
+    """Dice of each region of a predicted label map, on the grid that it is stored on."""
     import torch
 
-    from datamodules.cases import read_volume
+    from datamodules.cases import compared, read_volume
     from lightning_modules.metrics.regions import dice
 
-    assert case.mask is not None
-    prediction, truth = (
-        torch.from_numpy(data_set.to_regions(labels))[None]
-        for labels in (
-            read_volume(written)[0].astype("uint8"),
-            data_set.canonical_labels(read_volume(case.mask)[0], case),
-        )
-    )
+    both = compared(read_volume(written)[0].astype("uint8"), written, case, data_set)
+    prediction, truth = (torch.from_numpy(masks)[None] for masks in (both.prediction, both.truth))
     nothing_outside = torch.zeros(truth.shape[:2], dtype=torch.int64)
     values = dice(prediction, truth, nothing_outside)[0].tolist()
     return "Dice " + "  ".join(

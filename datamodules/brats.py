@@ -179,6 +179,48 @@ class BraTS:
         return BraTS(root, self.modalities, self.regions)
 
 
+class BraTSMasks(BraTS):
+    """Label maps, with whatever scans lie beside them: predictions, or the truth alone.
+
+    Files are `CASE.nii.gz` or masks in a BraTS layout, at any depth; ET is label 3 or 4 as in
+    `BraTS`.
+
+    Args:
+        root: The folder.
+        regions: As in `BraTS`.
+    """
+
+    def __init__(self, root: str | Path, regions: Sequence[str] = ("WT", "TC", "ET")) -> None:
+        super().__init__(root, regions=regions)
+
+    def cases(self) -> list[Case]:
+        """All cases, sorted by name.
+
+        Raises:
+            InputError: No folder, no label map, or two of one case.
+        """
+        expected = "expected CASE.nii.gz or CASE_seg.nii.gz"
+        if not self.root.is_dir():
+            raise InputError(f"{self.root}: no such folder; {expected}")
+        masks: dict[str, Path] = {}
+        images: dict[str, dict[str, Path]] = defaultdict(dict)
+        for path in sorted(self.root.rglob("[!.]*.nii*")):
+            match = _FILE.fullmatch(path.name)
+            name = match["case"] if match else path.name.split(".nii")[0]
+            kind = _KIND[match["ending"]] if match else "mask"
+            if name.endswith("_probabilities"):
+                continue
+            if kind != "mask":
+                images[name][kind] = path
+            elif name in masks:
+                raise InputError(f"{path}: case {name} is also in {masks[name]}")
+            else:
+                masks[name] = path
+        if not masks:
+            raise InputError(f"{self.root}: no label map found; {expected}")
+        return [Case(name, images[name], path) for name, path in sorted(masks.items())]
+
+
 def _are(labels: np.ndarray, value: int) -> np.ndarray:
     """Which labels are a value, within the float error that scaling in a header leaves."""
     return np.abs(labels - float(value)) < 1e-4

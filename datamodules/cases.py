@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -148,23 +148,67 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return voxels, image.affine
 
 
-def write_labels(path: Path, labels: np.ndarray, reference: Path) -> None:
-    """Write a label map on the grid of an image file, at once and whole.
+def write_volume(path: Path, voxels: np.ndarray, reference: Path) -> None:
+    """Write a label map, or probabilities, on the grid of an image file, at once and whole.
 
     Args:
         path: To be written, `.nii.gz`.
-        labels: (X, Y, Z) uint8, in the reference's own orientation.
-        reference: Its affine and its codes of space are the label map's.
+        voxels: (X, Y, Z) or (X, Y, Z, R), in the reference's own orientation.
+        reference: Its affine and its codes of space are those of the file.
     """
     import nibabel as nib
 
     original = nib.load(reference)
     assert isinstance(original, nib.Nifti1Image)
-    image = nib.Nifti1Image(labels, original.affine, original.header, dtype=np.uint8)
+    image = nib.Nifti1Image(voxels, original.affine, original.header, dtype=voxels.dtype)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the scan's display range
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     nib.save(image, partial)
     partial.replace(path)
+
+
+class Compared(NamedTuple):
+    """A prediction beside the truth, on the grid that they are stored on, RAS.
+
+    Attributes:
+        prediction: (R, X, Y, Z), bool.
+        truth: (R, X, Y, Z), bool.
+        spacing_mm: Edges of a voxel.
+        affine: (4, 4), voxel to mm.
+    """
+
+    prediction: np.ndarray
+    truth: np.ndarray
+    spacing_mm: tuple[float, ...]
+    affine: np.ndarray
+
+
+def compared(labels: np.ndarray, written: Path, case: Case, data_set: DataSet) -> Compared:
+    """A predicted label map beside the mask of its case.
+
+    Args:
+        labels: (X, Y, Z), canonical, RAS.
+        written: The file that they are from.
+        case: Has the mask.
+        data_set: Knows its labels.
+
+    Raises:
+        InputError: A mask that cannot be used, or none, or of another grid.
+    """
+    if case.mask is None:
+        raise InputError(f"{case.name}: expected a mask to compare {written} with, found none")
+    truth, affine = read_volume(case.mask)
+    if labels.shape != truth.shape:
+        raise InputError(
+            f"{written}: expected the grid of {case.mask}, found {labels.shape} beside "
+            f"{truth.shape} voxels"
+        )
+    return Compared(
+        prediction=data_set.to_regions(labels),
+        truth=data_set.to_regions(data_set.canonical_labels(truth, case)),
+        spacing_mm=tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()),
+        affine=affine,
+    )
 
 
 def _check_axes(affine: np.ndarray | None, path: Path) -> None:

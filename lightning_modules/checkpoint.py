@@ -1,6 +1,6 @@
 """A checkpoint is the resolved configuration of its run plus weights; nothing else is needed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -10,8 +10,13 @@ from hydra.utils import instantiate
 from pytorch_lightning import LightningModule
 
 from errors import InputError
+from lightning_modules.inference import Ensemble
+from lightning_modules.results import Results, is_finished
 
 CONFIG_KEY = "config"
+
+# What the networks of an ensemble must have in common.
+SHARED = {"data_set": ("modalities", "regions"), "cache": ("spacing_mm",)}
 
 
 class Loaded(NamedTuple):
@@ -59,6 +64,54 @@ def load(path: str | Path) -> Loaded:
             f"{path}: weights of another architecture than its configuration ({reason})"
         ) from error
     return Loaded(module.eval(), config)
+
+
+def find(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Checkpoints: files as they are, of a run's folder the best, of a sweep's those of its runs.
+
+    Raises:
+        InputError: A folder without a finished run, or nothing at all.
+    """
+    found: list[Path] = []
+    for path in map(Path, [given] if isinstance(given, str | Path) else given):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        runs = [run for run in (path, *sorted(path.iterdir())) if is_finished(run)]
+        if not runs:
+            raise InputError(f"{path}: expected a finished run, or a folder of such, found none")
+        found += [run / Results.read(run).checkpoint for run in runs]
+    if not found:
+        raise InputError("checkpoint: expected one or more, found none")
+    return found
+
+
+def load_ensemble(
+    paths: Sequence[str | Path],
+    flip_axes: Sequence[int] = (),
+    precision: torch.dtype = torch.float32,
+) -> tuple[Ensemble, dict[str, Any]]:
+    """The networks of several checkpoints as one, and the configuration of the first.
+
+    Args:
+        paths: At least one checkpoint.
+        flip_axes, precision: Of the `Ensemble`.
+
+    Raises:
+        InputError: As `load`; networks that see or find different things.
+    """
+    members = [load(path) for path in paths]
+    first = members[0].config
+    for path, member in zip(paths, members, strict=True):
+        for group, keys in SHARED.items():
+            for key in keys:
+                expected, found = (c["data"][group].get(key) for c in (first, member.config))
+                if expected != found:
+                    raise InputError(
+                        f"{path}: {key} is {found} there and {expected} in {paths[0]}; an ensemble "
+                        "takes networks with the same input and output"
+                    )
+    return Ensemble([member.module for member in members], flip_axes, precision), first
 
 
 def build(node: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever `_target_` names)

@@ -8,13 +8,13 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import combinations, product
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from monai.inferers.utils import sliding_window_inference
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.networks.dnet import Geometry
 
@@ -100,14 +100,14 @@ class ExactTiles:
         """Logits (B, R, ⌈X / stride⌉, ⌈Y / stride⌉, ⌈Z / stride⌉)."""
         halo, stride = self.geometry
         if image[0, 0].numel() <= self.voxels_at_once:
-            with suppress_out_of_memory():
+            with suppress_out_of_memory("smaller tiles"):
                 return network.dense(_padded(image, before=0, multiple=stride))
         grid = [math.ceil(side / stride) for side in image.shape[2:]]
         padded = _padded(image, before=halo, multiple=stride)
         tile = list(grid)
         while max(tile) > 1:
             if math.prod(map(self.input_side, tile)) <= self.voxels_at_once:
-                with suppress_out_of_memory():
+                with suppress_out_of_memory("smaller tiles"):
                     return self._tiled(padded, network, grid, tile)
             tile = halved(tile)
         return self._tiled(padded, network, grid, tile)
@@ -133,15 +133,68 @@ class ExactTiles:
         return logits
 
 
+class Ensemble:
+    """Mean probability over networks and mirror images: 8 flips x 2 models, 16 estimates (2.3).
+
+    Sums as it goes, so that any number of estimates takes the memory of two.
+
+    Args:
+        members: Modules that give probabilities (B, R, X, Y, Z) of images (B, C, X, Y, Z).
+        flip_axes: Mirror along every subset of these axes of a volume, and turn back.
+        precision: Of the networks; half precisions are those of autocast.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        flip_axes: Sequence[int] = (),
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        self.members = list(members)
+        axes = [axis + 2 for axis in flip_axes]
+        self.flips = [flip for n in range(len(axes) + 1) for flip in combinations(axes, n)]
+        self.precision = precision
+
+    @property
+    def estimates(self) -> int:
+        """How many are averaged."""
+        return len(self.members) * len(self.flips)
+
+    def to(self, device: torch.device | str) -> "Ensemble":
+        """Moves all members; returns itself."""
+        for member in self.members:
+            member.to(device)
+        return self
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor) -> Tensor:
+        """Probabilities (B, R, X, Y, Z) in float32, on the device of the image."""
+        half = self.precision is not torch.float32
+        mean: Tensor | None = None
+        with torch.autocast(image.device.type, self.precision, enabled=half):
+            for member, flip in product(self.members, self.flips):
+                estimate = member(image.flip(flip)).float().flip(flip)
+                mean = estimate if mean is None else mean.add_(estimate)
+        assert mean is not None
+        return mean.div_(self.estimates)
+
+    def on(self, image: Tensor, device: torch.device | str) -> Tensor:
+        """The same, computed on a device, or on the CPU where that has too little memory."""
+        if torch.device(device).type != "cpu":
+            with suppress_out_of_memory("on the CPU"):
+                return self.to(device)(image.to(device)).cpu()
+        return self.to("cpu")(image.cpu())
+
+
 @contextmanager
-def suppress_out_of_memory() -> Iterator[None]:
+def suppress_out_of_memory(instead: str) -> Iterator[None]:
     """Go on behind the block where memory ran out in it; what it held is free again then."""
     try:
         yield
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
-        logging.warning("out of memory: trying smaller tiles")
+        logging.warning("out of memory: trying %s", instead)
 
 
 def tile_starts(grid: Sequence[int], tile: Sequence[int]) -> Iterator[tuple[int, ...]]:

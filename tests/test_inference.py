@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.inference import ExactTiles, WholeVolume, halved, repeated, tile_starts
+from lightning_modules.inference import (
+    Ensemble,
+    ExactTiles,
+    WholeVolume,
+    halved,
+    repeated,
+    tile_starts,
+)
 from lightning_modules.networks import DNet, UNet3D
 from lightning_modules.networks.dnet import Geometry, geometry
 
@@ -155,3 +162,72 @@ def test_geometry_of_an_input():
     assert geometry().output_side(68) == 4
     with pytest.raises(ValueError, match=r"expected 52 \+ a multiple of 4, found 70"):
         geometry().output_side(70)
+
+
+class Equivariant(nn.Module):
+    """Looks at every voxel by itself: flips with the image."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image[:, :1].sigmoid()
+
+
+class Leaning(nn.Module):
+    """Looks to one side, along one axis: does not flip with the image."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.cumsum(self.axis).sigmoid()
+
+
+def test_flips_of_an_equivariant_network_change_nothing():
+    image = torch.randn(2, 3, 5, 6, 7)
+    network = Equivariant()
+    ensemble = Ensemble([network], flip_axes=(0, 1, 2))
+    assert ensemble.estimates == 8
+    torch.testing.assert_close(ensemble(image), network(image), rtol=0, atol=1e-7)
+
+
+def test_sixteen_estimates_are_the_mean_by_hand():
+    torch.manual_seed(0)
+    image = torch.randn(1, 1, 4, 5, 6)
+    members = [Leaning(2), Leaning(4)]
+    ensemble = Ensemble(members, flip_axes=(0, 1, 2))
+    assert ensemble.estimates == 16
+    estimates = [
+        member(image.flip(axes)).flip(axes)
+        for member in members
+        for axes in ([], [2], [3], [4], [2, 3], [2, 4], [3, 4], [2, 3, 4])
+    ]
+    expected = torch.stack(estimates).mean(0)
+    torch.testing.assert_close(ensemble(image), expected)
+    assert not torch.allclose(expected, members[0](image), atol=1e-2)
+    torch.testing.assert_close(Ensemble(members)(image), torch.stack(
+        [member(image) for member in members]
+    ).mean(0))  # fmt: skip
+
+
+def test_half_precision_comes_back_as_float32():
+    image = torch.randn(1, 4, 8, 8, 8)
+    network = nn.Sequential(nn.Conv3d(4, 3, 3, padding=1), nn.Sigmoid())
+    half = Ensemble([network], precision=torch.bfloat16)(image)
+    whole = Ensemble([network])(image)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, whole)
+    torch.testing.assert_close(half, whole, atol=0.02, rtol=0)
+
+
+def test_an_ensemble_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    """A device of which nothing fits the memory; the rest is real."""
+    image = torch.randn(1, 1, 4, 4, 4)
+    ensemble = Ensemble([Equivariant()])
+
+    def full(device: object) -> Ensemble:
+        if str(device) != "cpu":
+            raise torch.OutOfMemoryError("out of memory")
+        return ensemble
+
+    monkeypatch.setattr(ensemble, "to", full)
+    torch.testing.assert_close(ensemble.on(image, "cuda"), image.sigmoid())

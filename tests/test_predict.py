@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import train
 from errors import InputError
 from lightning_modules import checkpoint
 from lightning_modules.pictures import busiest_slice, draw_case, plane
-from predict import predict
-from tests.conftest import write_brats
+from predict import SETTINGS_NAME, Predictor
+from tests.conftest import ROOT, write_brats
 
 Compose = Callable[..., DictConfig]
 
@@ -48,6 +48,19 @@ def bright(composed: Compose, tiny: list[str], tmp_path: Path, monkeypatch) -> P
     return Path(config.run_dir) / "best.ckpt"
 
 
+def predict(
+    checkpoint: Path | list[Path], source: Path, output: Path, **values: object
+) -> list[str]:
+    """As the command line does, with the values of conf/predict.yaml where none are given."""
+    paths = checkpoint if isinstance(checkpoint, list) else [checkpoint]
+    config = OmegaConf.merge(
+        OmegaConf.load(ROOT / "conf" / "predict.yaml"),
+        {"checkpoint": [str(path) for path in paths], "device": "cpu", **values},
+    )
+    predictor = Predictor.of(dict(OmegaConf.to_container(config)))  # pyright: ignore
+    return predictor(predictor.data_set.at(source).cases(), output)
+
+
 def reoriented(folder: Path, codes: str) -> None:
     """Store all files of a folder in another orientation, off the origin."""
     for path in folder.rglob("*.nii.gz"):
@@ -63,9 +76,10 @@ def reoriented(folder: Path, codes: str) -> None:
 def test_label_maps_lie_on_the_grid_of_the_case(bright: Path, tmp_path: Path, codes: str):
     new = write_brats(tmp_path / "new", cases=2)
     reoriented(new, codes)
-    predict(bright, new, tmp_path / "out", pictures=True, device="cpu")
+    predict(bright, new, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         *(f"BraTS2021_0000{i}.{end}" for i in range(2) for end in ("nii.gz", "png")),
+        SETTINGS_NAME,
     ]
     for case in sorted(new.iterdir()):
         reference = nib.load(case / f"{case.name}_t1.nii.gz")
@@ -83,7 +97,7 @@ def test_label_maps_lie_on_the_grid_of_the_case(bright: Path, tmp_path: Path, co
 
 def test_cases_without_masks_are_predicted(bright: Path, tmp_path: Path):
     new = write_brats(tmp_path / "new", cases=1, with_masks=False)
-    predict(bright, new, tmp_path / "out", pictures=True, device="cpu")
+    predict(bright, new, tmp_path / "out")
     assert (tmp_path / "out/BraTS2021_00000.nii.gz").is_file()
     with Image.open(tmp_path / "out/BraTS2021_00000.png") as picture:
         assert np.asarray(picture).std() > 10
@@ -91,8 +105,73 @@ def test_cases_without_masks_are_predicted(bright: Path, tmp_path: Path):
 
 def test_scores_are_printed_where_there_are_masks(bright: Path, tmp_path: Path, capsys):
     new = write_brats(tmp_path / "new", cases=1)
-    predict(bright, new, tmp_path / "out", pictures=False, device="cpu")
+    predict(bright, new, tmp_path / "out", pictures=False)
     assert "WT 1.000" in capsys.readouterr().out
+
+
+def test_what_is_there_is_kept_and_other_settings_are_refused(
+    bright: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    new = write_brats(tmp_path / "new", cases=2)
+    out = tmp_path / "out"
+    predict(bright, new, out, pictures=False)
+    written = out / "BraTS2021_00000.nii.gz"
+    stamp = written.stat().st_mtime_ns
+    (out / "BraTS2021_00001.nii.gz").unlink()
+    predict(bright, new, out, pictures=False)
+    assert written.stat().st_mtime_ns == stamp
+    assert (out / "BraTS2021_00001.nii.gz").is_file()
+    with pytest.raises(InputError, match="flips is False there and True here"):
+        predict(bright, new, out, pictures=False, flips=True)
+    predict(bright, new, out, pictures=False, flips=True, again=True)
+    assert written.stat().st_mtime_ns > stamp
+
+
+def test_after_a_case_that_fails_the_others_follow(
+    bright: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    new = write_brats(tmp_path / "new", cases=3)
+    broken = new / "BraTS2021_00001" / "BraTS2021_00001_t2.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:200])
+    assert predict(bright, new, tmp_path / "out", pictures=False) == ["BraTS2021_00001"]
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
+    assert "BraTS2021_00001_t2.nii.gz" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_probabilities_lie_on_the_grid_of_the_case(bright: Path, tmp_path: Path):
+    new = write_brats(tmp_path / "new", cases=1)
+    reoriented(new, "LPS")
+    predict(bright, new, tmp_path / "out", pictures=False, probabilities=True)
+    labels = nib.load(tmp_path / "out/BraTS2021_00000.nii.gz")
+    found = nib.load(tmp_path / "out/BraTS2021_00000_probabilities.nii.gz")
+    assert found.shape == (*labels.shape, 3)
+    assert found.get_data_dtype() == np.float32
+    np.testing.assert_array_equal(found.affine, labels.affine)
+    outline = np.asanyarray(found.dataobj)[..., 0] > 0.5
+    np.testing.assert_array_equal(outline, np.asanyarray(labels.dataobj) > 0)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [
+        ({"WT": 0.5}, "found none for TC, ET"),
+        ({"WT": 0.5, "TC": 2, "ET": 0.5}, "expected a number between 0 and 1 for TC, found 2"),
+        ("nowhere.json", "nowhere.json: expected thresholds as written by evaluate.py"),
+    ],
+)
+def test_thresholds_that_cannot_be_used(
+    bright: Path, tmp_path: Path, thresholds: object, message: str
+):
+    with pytest.raises(InputError, match=message):
+        predict(bright, tmp_path, tmp_path / "out", thresholds=thresholds)
+
+
+def test_paper_thresholds_and_an_ensemble(bright: Path, tmp_path: Path):
+    new = write_brats(tmp_path / "new", cases=1)
+    predict([bright, bright], new, tmp_path / "out", pictures=False, thresholds="paper")
+    labels = np.asanyarray(nib.load(tmp_path / "out/BraTS2021_00000.nii.gz").dataobj)
+    truth = nib.load(new / "BraTS2021_00000" / "BraTS2021_00000_seg.nii.gz")
+    np.testing.assert_array_equal(labels > 0, np.asanyarray(truth.dataobj) > 0)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,49 @@
-"""Overlap of regions, case by case."""
+"""Overlap and distance of regions, case by case.
 
-from collections.abc import Sequence
+Published numbers differ by how a distance is defined and by what an empty mask scores more than by
+the networks behind them: so there are two columns for HD95, and the rules for empty masks have
+names.
+"""
 
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
+from scipy.spatial import KDTree
 from torch import Tensor
 from torchmetrics import Metric
+
+PERCENTILE = 95
+
+# What is scored in evaluations, on the grid that a case is stored on.
+SCORES = ("dice", "sensitivity", "specificity", "hd95_mm", "hd95_pooled_mm")
+
+
+class Convention(NamedTuple):
+    """What is scored where a mask is empty.
+
+    Attributes:
+        agreed: Dice and sensitivity where truth and prediction are empty.
+        agreed_mm: HD95 there.
+        false_alarm: Sensitivity where only the truth is empty.
+        missing_mm: HD95 where one of them is empty, from the extents of the grid in mm.
+    """
+
+    agreed: float
+    agreed_mm: float
+    false_alarm: float
+    missing_mm: Callable[[Sequence[float]], float]
+
+
+CONVENTIONS = {
+    # The diagonal of the BraTS grid is 373.13 mm.
+    "brats2020": Convention(1.0, 0.0, 0.0, missing_mm=lambda extent_mm: math.hypot(*extent_mm)),
+    "brats2023": Convention(1.0, 0.0, 0.0, missing_mm=lambda extent_mm: 374.0),
+    # Left out of means: with it goes the count of what was left out.
+    "nan": Convention(math.nan, math.nan, math.nan, missing_mm=lambda extent_mm: math.nan),
+}
 
 
 def dice(prediction: Tensor, truth: Tensor, outside: Tensor) -> Tensor:
@@ -24,45 +63,185 @@ def dice(prediction: Tensor, truth: Tensor, outside: Tensor) -> Tensor:
     return torch.where(total == 0, 1.0, 2 * overlap / total.clamp(min=1))
 
 
-class RegionMetrics(Metric):
-    """Dice of every case and region, and its mean over the cases.
+def region_scores(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing_mm: Sequence[float] = (1, 1, 1),
+    convention: str = "brats2020",
+) -> dict[str, float]:
+    """`SCORES` of one region of one case.
 
-    Keeps a row per case. Rows are told apart by the index of the case, so that a case that two
-    ranks have both seen counts once.
+    Specificity depends on how much background there is: give whole scans, not crops.
+
+    Args:
+        prediction: (X, Y, Z), bool.
+        truth: (X, Y, Z), bool.
+        spacing_mm: Edges of a voxel.
+        convention: Name of the rules for empty masks.
+    """
+    empty = CONVENTIONS[convention]
+    predicted, true = int(prediction.sum()), int(truth.sum())
+    hit = int((prediction & truth).sum())
+    background = truth.size - true
+    if predicted and true:
+        sensitivity = hit / true
+        hd95_mm, hd95_pooled_mm = hausdorff95(prediction, truth, spacing_mm)
+    elif predicted or true:
+        sensitivity = 0.0 if true else empty.false_alarm
+        extent_mm = [side * edge for side, edge in zip(truth.shape, spacing_mm, strict=True)]
+        hd95_mm = hd95_pooled_mm = empty.missing_mm(extent_mm)
+    else:
+        sensitivity, hd95_mm, hd95_pooled_mm = empty.agreed, empty.agreed_mm, empty.agreed_mm
+    return {
+        "dice": 2 * hit / (predicted + true) if predicted + true else empty.agreed,
+        "sensitivity": sensitivity,
+        "specificity": 1 - (predicted - hit) / background if background else empty.agreed,
+        "hd95_mm": hd95_mm,
+        "hd95_pooled_mm": hd95_pooled_mm,
+    }
+
+
+class Hausdorff95(NamedTuple):
+    """Two definitions that differ by a fifth in practice, and by far more with distant islands.
+
+    Attributes:
+        maximum_mm: Larger one of the 95th percentiles of the two directed distances.
+        pooled_mm: 95th percentile of the distances of both directions together, which the online
+            evaluation of BraTS 2017-2020 used.
+    """
+
+    maximum_mm: float
+    pooled_mm: float
+
+
+def hausdorff95(
+    prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float] = (1, 1, 1)
+) -> Hausdorff95:
+    """HD95 between the surfaces of two masks (X, Y, Z), neither of them empty.
+
+    A surface are the voxels of a mask that have a face neighbour outside it.
+    """
+    union = prediction | truth
+    box = []
+    for axis in range(3):
+        along = np.flatnonzero(union.any(axis=tuple({0, 1, 2} - {axis})))
+        box.append(slice(along[0], along[-1] + 1))
+    surfaces = surface(prediction[tuple(box)]), surface(truth[tuple(box)])
+    # Where both surfaces run through one voxel, the distance is 0 without looking for it.
+    common = int((surfaces[0] & surfaces[1]).sum())
+    points = [np.argwhere(own) * np.asarray(spacing_mm, float) for own in surfaces]
+    apart = [
+        np.argwhere(own & ~other) * np.asarray(spacing_mm, float)
+        for own, other in (surfaces, surfaces[::-1])
+    ]
+    directed = [
+        np.concatenate([np.zeros(common), _nearest(own, other)])
+        for own, other in zip(apart, reversed(points), strict=True)
+    ]
+    return Hausdorff95(
+        maximum_mm=max(float(np.percentile(distances, PERCENTILE)) for distances in directed),
+        pooled_mm=float(np.percentile(np.concatenate(directed), PERCENTILE)),
+    )
+
+
+def surface(mask: np.ndarray) -> np.ndarray:
+    """Voxels of a mask (X, Y, Z) with a face neighbour outside it; so is all beyond the array."""
+    padded = np.pad(mask, 1)
+    inner = slice(1, -1)
+    interior = padded[:-2, inner, inner] & padded[2:, inner, inner]
+    interior &= padded[inner, :-2, inner] & padded[inner, 2:, inner]
+    interior &= padded[inner, inner, :-2] & padded[inner, inner, 2:]
+    return mask & ~interior
+
+
+def _nearest(points: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distance from each of (N, 3) to the nearest of (M, 3)."""
+    if not len(points):
+        return np.empty(0)
+    # Built for one query: a balanced tree would take longer than it saves.
+    tree = KDTree(others, leafsize=32, balanced_tree=False, compact_nodes=False)
+    return tree.query(points, workers=-1)[0]
+
+
+class CaseRows(Metric):
+    """A row of scores for each case, and their means over the cases.
+
+    Rows are told apart by the index of the case, so that a case that two ranks have both seen
+    counts once. They are kept flat, in one dimension: torchmetrics takes ranks without any case
+    only so.
+
+    Args:
+        names: Of the columns.
     """
 
     full_state_update = False
-    index: list[Tensor]
-    dice: list[Tensor]
+    table: list[Tensor]
 
-    def __init__(self, regions: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
-        self.names = [f"dice_{region}" for region in regions]
-        self.add_state("index", default=[], dist_reduce_fx="cat")
-        self.add_state("dice", default=[], dist_reduce_fx="cat")
+        self.names = list(names)
+        self.add_state("table", default=[], dist_reduce_fx="cat")
 
-    def update(self, prediction: Tensor, truth: Tensor, outside: Tensor, index: Tensor) -> None:
-        """Add cases: masks (B, R, X, Y, Z), voxels cut off (B, R), place in the data set (B,)."""
-        self.index.append(index)
-        # float32 is what every device has; the sums behind it were exact.
-        self.dice.append(dice(prediction, truth, outside).float())
-
-    def compute(self) -> dict[str, Tensor]:
-        """`dice_<region>` and their mean `dice`, each the mean over the cases."""
-        rows = self.rows().values()
-        by_region = torch.tensor([list(row.values()) for row in rows]).mean(0)
-        return {**dict(zip(self.names, by_region, strict=True)), "dice": by_region.mean()}
+    def add(self, index: Tensor, values: Tensor) -> None:
+        """Add cases: places in the data set (B,), below 2**24, and scores (B, len(names))."""
+        # float32 is what every device has.
+        self.table.append(torch.cat([index[:, None].float(), values.float()], dim=1).flatten())
 
     def rows(self) -> dict[int, dict[str, float]]:
         """Scores of each case by name, by its index, in order."""
-        index = _concatenated(self.index).tolist()
-        by_case = dict(zip(index, _concatenated(self.dice).tolist(), strict=True))
+        # A list state is a tensor already once torchmetrics has gathered it from all ranks.
+        flat = torch.cat(self.table) if isinstance(self.table, list) else self.table
+        table = flat.view(-1, 1 + len(self.names)).tolist()
         return {
-            number: dict(zip(self.names, by_case[number], strict=True))
-            for number in sorted(by_case)
+            int(index): dict(zip(self.names, values, strict=True))
+            for index, *values in sorted(table, key=lambda row: row[0])
         }
 
+    def compute(self) -> dict[str, Tensor]:
+        """Means by name, NaN left out."""
+        table = torch.tensor([list(row.values()) for row in self.rows().values()])
+        return dict(zip(self.names, table.nanmean(0), strict=True))
 
-def _concatenated(state: list[Tensor] | Tensor) -> Tensor:
-    """A list state is a tensor already once torchmetrics has gathered it from all ranks."""
-    return torch.cat(state) if isinstance(state, list) else state
+
+class RegionMetrics(CaseRows):
+    """Dice of every region in training: quick, on the volumes that the network sees."""
+
+    def __init__(self, regions: Sequence[str]) -> None:
+        super().__init__([f"dice_{region}" for region in regions])
+
+    def update(self, prediction: Tensor, truth: Tensor, outside: Tensor, index: Tensor) -> None:
+        """Add cases: masks (B, R, X, Y, Z), voxels cut off (B, R), place in the data set (B,)."""
+        self.add(index, dice(prediction, truth, outside))
+
+    def compute(self) -> dict[str, Tensor]:
+        """`dice_<region>` and their mean `dice`, each the mean over the cases."""
+        by_region = super().compute()
+        return {**by_region, "dice": torch.stack(list(by_region.values())).mean()}
+
+
+class EvaluationMetrics(CaseRows):
+    """All of `SCORES` of every region, on the grid that a case is stored on, uncropped.
+
+    Columns are `<score>_<region>`, and `voxels_<region>` and `true_voxels_<region>`, which tell
+    where a mask was empty.
+
+    Args:
+        regions: Names.
+        convention: Name of the rules for empty masks, one of `CONVENTIONS`.
+    """
+
+    def __init__(self, regions: Sequence[str], convention: str = "brats2020") -> None:
+        counts = ("voxels", "true_voxels")
+        super().__init__([f"{name}_{region}" for region in regions for name in (*SCORES, *counts)])
+        self.convention = convention
+
+    def update(
+        self, prediction: Tensor, truth: Tensor, spacing_mm: Sequence[float], index: Tensor
+    ) -> None:
+        """Add cases: masks (B, R, X, Y, Z), edges of a voxel, place in the data set (B,)."""
+        for found, true, number in zip(prediction, truth, index, strict=True):
+            row: list[float] = []
+            for mask, true_mask in zip(found.cpu().numpy(), true.cpu().numpy(), strict=True):
+                scores = region_scores(mask, true_mask, spacing_mm, self.convention)
+                row += [*scores.values(), int(mask.sum()), int(true_mask.sum())]
+            self.add(number[None], torch.tensor(row, device=index.device)[None])

@@ -1,0 +1,178 @@
+"""From checkpoints, or label maps, to table 1 and the figures."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+import train
+from errors import InputError
+from evaluate import THRESHOLDS_NAME, evaluate, part_of
+from lightning_modules import checkpoint
+from lightning_modules.operating_point import OperatingPoint
+from tests.conftest import ROOT, write_brats
+from tests.test_predict import BrighterThan
+
+Compose = Callable[..., DictConfig]
+
+
+def given(**values: object) -> dict:
+    """The values of conf/evaluate.yaml, some of them changed."""
+    config = OmegaConf.merge(
+        OmegaConf.load(ROOT / "conf/predict.yaml"),
+        OmegaConf.load(ROOT / "conf/evaluate.yaml"),
+        {"device": "cpu", "wandb": "disabled"},
+        {name: str(value) if isinstance(value, Path) else value for name, value in values.items()},
+    )
+    return dict(OmegaConf.to_container(config))  # pyright: ignore
+
+
+def rows_of(path: Path) -> dict[str, dict[str, float]]:
+    with path.open() as file:
+        return {
+            row.pop("case"): {name: float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        }
+
+
+@pytest.fixture
+def label_maps(tmp_path: Path) -> tuple[Path, Path]:
+    """Truths in a BraTS folder, without scans, and predictions that are a voxel off."""
+    truths = write_brats(tmp_path / "truths", cases=3)
+    predictions = tmp_path / "predictions"
+    predictions.mkdir()
+    for number, case in enumerate(sorted(truths.iterdir())):
+        mask = nib.load(case / f"{case.name}_seg.nii.gz")
+        labels = np.roll(np.asanyarray(mask.dataobj), number, axis=0)
+        nib.save(nib.Nifti1Image(labels, mask.affine), predictions / f"{case.name}.nii.gz")
+        for scan in case.glob("*_t*.nii.gz"):
+            scan.unlink()
+        (case / f"{case.name}_flair.nii.gz").unlink()
+    return predictions, truths
+
+
+def test_label_maps_are_scored_without_a_network(label_maps: tuple[Path, Path], tmp_path: Path):
+    """Against Dice, sensitivity and specificity computed here from the files."""
+    predictions, truths = label_maps
+    text = evaluate(given(predictions=predictions, input=truths, output=tmp_path / "out"))
+    rows = rows_of(text.parent / "cases.csv")
+    assert list(rows) == [f"BraTS2021_0000{i}" for i in range(3)]
+    for name, row in rows.items():
+        found = np.asanyarray(nib.load(predictions / f"{name}.nii.gz").dataobj)
+        truth = np.asanyarray(nib.load(truths / name / f"{name}_seg.nii.gz").dataobj)
+        for region, labels in {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}.items():
+            p, t = np.isin(found, labels), np.isin(truth, labels)
+            assert row[f"dice_{region}"] == pytest.approx(2 * (p & t).sum() / (p.sum() + t.sum()))
+            assert row[f"sensitivity_{region}"] == pytest.approx((p & t).sum() / t.sum())
+            assert row[f"specificity_{region}"] == pytest.approx((~p & ~t).sum() / (~t).sum())
+    assert rows["BraTS2021_00000"]["hd95_mm_WT"] == 0
+    assert rows["BraTS2021_00001"]["hd95_mm_WT"] == 1
+
+    table = list(csv.DictReader((text.parent / "table1.csv").read_text().splitlines()))
+    assert [line[""] for line in table] == ["Mean", "Std", "Median"]
+    values = [row["dice_ET"] for row in rows.values()]
+    for line, number in zip(
+        table, (np.mean(values), np.std(values, ddof=1), np.median(values)), strict=True
+    ):
+        assert line["Dice ET"] == f"{number:.3f}"
+    assert "| ET | 3 | 0 | 0 | 0 |" in text.read_text()
+    # Without scans there is nothing to lay a prediction over.
+    assert sorted(path.name for path in text.parent.glob("*.png")) == ["figure4.png"]
+    with Image.open(text.parent / "figure4.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_the_label_of_et_is_that_of_each_folder(label_maps: tuple[Path, Path], tmp_path: Path):
+    """Truths of 2023 (ET is 3) with predictions of ours (ET is 4)."""
+    predictions, truths = label_maps
+    for path in truths.rglob("*_seg.nii.gz"):
+        mask = nib.load(path)
+        labels = np.asanyarray(mask.dataobj).copy()
+        labels[labels == 4] = 3
+        nib.save(nib.Nifti1Image(labels, mask.affine), path)
+    text = evaluate(given(predictions=predictions, input=truths, output=tmp_path / "out"))
+    assert rows_of(text.parent / "cases.csv")["BraTS2021_00000"]["dice_ET"] == 1
+
+
+def test_what_cannot_be_scored_is_one_clear_line(label_maps: tuple[Path, Path], tmp_path: Path):
+    predictions, truths = label_maps
+    asked = given(predictions=predictions, input=truths, output=tmp_path / "out")
+    with pytest.raises(InputError, match=r"convention: expected one of brats2020, .*found brats"):
+        evaluate({**asked, "convention": "brats"})
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        evaluate({**asked, "predictions": str(tmp_path / "nowhere")})
+    small = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4))
+    nib.save(small, predictions / "BraTS2021_00001.nii.gz")
+    with pytest.raises(InputError, match=r"00001.nii.gz: expected the grid of .*_seg.nii.gz"):
+        evaluate(asked)
+    (predictions / "BraTS2021_00002.nii.gz").unlink()
+    with pytest.raises(InputError, match="expected a prediction of each of 3 cases, found none of"):
+        evaluate(asked)
+
+
+@pytest.fixture
+def runs(composed: Compose, tiny: list[str], tmp_path: Path, monkeypatch) -> Path:
+    """Two finished runs of a sweep, loaded with `BrighterThan` in place of their networks."""
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / str(seed)
+        train.train(composed(*tiny, "logger=csv", f"seed={seed}", f"run_dir={folder}"))
+    load = checkpoint.load
+
+    def load_bright(path: Path) -> checkpoint.Loaded:
+        loaded = load(path)
+        loaded.module.network = BrighterThan()
+        return loaded
+
+    monkeypatch.setattr(checkpoint, "load", load_bright)
+    return tmp_path / "runs"
+
+
+def test_a_sweep_is_predicted_and_scored(runs: Path, brats: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    asked = given(checkpoint=runs, input=brats, output=output, wandb="offline")
+    text = evaluate(asked)
+    tested = json.loads((runs / "0" / "split.json").read_text())["test"]
+    assert list(rows_of(output / "cases.csv")) == tested
+    # All that is bright is tumour: its outline comes back whole.
+    assert {row["dice_WT"] for row in rows_of(output / "cases.csv").values()} == {1.0}
+    names = {path.name for path in output.iterdir()}
+    assert {"table1.md", "table1.csv", THRESHOLDS_NAME, "predictions", "wandb"} <= names
+    for figure in ("figure3", "figure4", "figure5"):
+        with Image.open(output / f"{figure}.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+    point = OperatingPoint.read(output / THRESHOLDS_NAME)
+    assert set(point.thresholds) == {"WT", "TC", "ET"}
+    assert set(point.least_mm3) == {"ET"}
+    assert "With least volumes" in text.read_text()
+    settings = json.loads((output / "predictions" / "predicted_with.json").read_text())
+    assert len(settings["checkpoint"]) == 2
+    assert settings["flips"] is True
+
+
+def test_parts_are_those_that_no_run_has_trained_on(runs: Path, brats: Path):
+    for seed, test in ((0, [0, 1]), (1, [1, 2])):
+        names = [f"BraTS2021_0000{i}" for i in range(6)]
+        split = {
+            "train": [name for i, name in enumerate(names) if i not in test and i < 5],
+            "validation": names[5:],
+            "test": [names[i] for i in test],
+        }
+        (runs / str(seed) / "split.json").write_text(json.dumps(split))
+    from datamodules.brats import BraTS
+
+    cases = BraTS(brats).cases()
+    asked = given(checkpoint=runs)
+    assert [case.name for case in part_of(cases, "test", asked)] == ["BraTS2021_00001"]
+    assert len(part_of(cases, "all", asked)) == 6
+    with pytest.raises(InputError, match="cases: expected one of train, validation, test, all"):
+        part_of(cases, "tests", asked)
+    shutil.move(runs / "1" / "split.json", runs / "1" / "other.json")
+    with pytest.raises(InputError, match=r"split\.json: expected beside the checkpoint"):
+        part_of(cases, "test", asked)

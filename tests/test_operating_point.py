@@ -1,0 +1,87 @@
+"""Thresholds and least volumes: chosen by the mean Dice, refused where they flood the brain."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from errors import InputError
+from lightning_modules.operating_point import GRID, LEAST_MM3, Candidates, OperatingPoint
+
+REGIONS = ("WT", "ET")
+
+
+def case(seed: int, shape: tuple[int, int, int] = (12, 11, 10)) -> tuple[np.ndarray, np.ndarray]:
+    """Noisy probabilities (2, X, Y, Z) and the truth behind them."""
+    draw = np.random.default_rng(seed)
+    truth = draw.random((2, *shape)) < np.array([0.3, 0.02])[:, None, None, None]
+    if seed % 3 == 0:
+        truth[1] = False
+    probabilities = np.clip(0.35 * truth + draw.normal(0.3, 0.15, truth.shape), 0, 1)
+    return probabilities.astype(np.float32), truth
+
+
+def dice(mask: np.ndarray, truth: np.ndarray) -> float:
+    total = int(mask.sum() + truth.sum())
+    return 2 * int((mask & truth).sum()) / total if total else 1.0
+
+
+def test_choice_is_the_best_of_all_candidates():
+    """Against a search that thresholds every case at every candidate."""
+    cases = [case(seed) for seed in range(5)]
+    candidates = Candidates(REGIONS, voxel_mm3=2.0)
+    for probabilities, truth in cases:
+        candidates.add(probabilities, truth)
+    chosen = candidates.choose(with_least_volume=["ET"])
+    assert chosen.least_mm3.keys() == {"ET"}
+    for number, region in enumerate(REGIONS):
+        scores = {}
+        for threshold in GRID:
+            for least in LEAST_MM3 if region == "ET" else (0.0,):
+                values = []
+                for probabilities, truth in cases:
+                    mask = probabilities[number] > threshold
+                    values.append(dice(mask & (mask.sum() * 2.0 >= least), truth[number]))
+                scores[threshold, least] = np.mean(values)
+        picked = chosen.thresholds[region], chosen.least_mm3.get(region, 0.0)
+        assert scores[picked] == pytest.approx(max(scores.values()))
+        assert candidates.mean_dice(chosen)[region] == pytest.approx(max(scores.values()))
+
+
+def test_among_equals_the_middle_wins():
+    truth = np.zeros((1, 4, 4, 4), bool)
+    truth[0, :2] = True
+    candidates = Candidates(["WT"], 1.0)
+    candidates.add(np.where(truth, 0.9, 0.1).astype(np.float32), truth)
+    assert candidates.choose().thresholds == {"WT": 0.5}
+
+
+def test_a_threshold_that_floods_the_brain_is_refused(caplog: pytest.LogCaptureFixture):
+    probabilities = np.full((1, 10, 10, 10), 0.42, np.float32)
+    probabilities[0, :3] = 0.9  # 30 % of the brain
+    point = OperatingPoint({"WT": 0.4})
+    with caplog.at_level(logging.WARNING):
+        masks = point.masks(probabilities, ["WT"], 1000, 1.0, "case_7")
+    assert masks.sum() == 300
+    assert caplog.messages == ["case_7: threshold 0.4 of WT refused: it marks 100 % of the brain"]
+    assert not point.masks(probabilities + 0.1, ["WT"], 100, 1.0, "case_7").any()
+
+
+def test_small_regions_are_false_alarms():
+    probabilities = np.zeros((2, 8, 8, 8), np.float32)
+    probabilities[:, 2:4, 2:4, 2:4] = 0.9
+    for least, left in ((8.0, 8), (8.1, 0)):
+        point = OperatingPoint({"WT": 0.5, "ET": 0.5}, {"ET": least})
+        masks = point.masks(probabilities, REGIONS, 500, 1.0, "case")
+        assert masks.sum((1, 2, 3)).tolist() == [8, left]
+
+
+def test_written_and_read(tmp_path: Path):
+    point = OperatingPoint({"WT": 0.55, "ET": 0.4}, {"ET": 30.0})
+    point.write(tmp_path / "thresholds.json")
+    assert OperatingPoint.read(tmp_path / "thresholds.json") == point
+    assert [path.name for path in tmp_path.iterdir()] == ["thresholds.json"]
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(InputError, match=r"other\.json: expected thresholds"):
+        OperatingPoint.read(tmp_path / "other.json")

@@ -79,7 +79,7 @@ def with_thresholds(given: Mapping[str, Any]) -> Predictor:
     if given["thresholds"] != "chosen":
         return Predictor.of(given)
     predictor = Predictor.of({**given, "thresholds": "checkpoint"})
-    tuning = part_of(predictor.data_set.cases(), "validation", given)
+    tuning = part_of(predictor.data_set.cases(), given["tuned_on"], given)
     point = choose(predictor, tuning, given["least_volume"])
     Path(given["output"]).mkdir(parents=True, exist_ok=True)
     point.write(Path(given["output"]) / THRESHOLDS_NAME)
@@ -106,7 +106,7 @@ def choose(
         if region in with_least_volume:
             better = candidates.mean_dice(point)[region]
             line += f"; with at least {point.least_mm3[region]:g} mm³ {better:.3f}"
-        print(f"{line} ({len(cases)} validation cases)")
+        print(f"{line} ({len(cases)} cases)")
     return point
 
 

@@ -60,7 +60,7 @@ def build(composed: Compose, model: str, *overrides: str):
 def test_every_option_builds(composed: Compose, group: str, option: str):
     mandatory = ["split.path=split.json"] if (group, option) == ("split", "file") else []
     model = MODEL_OF.get((group, option), "aeunet")
-    small = SMALL[model] if group != "experiment" else []
+    small = SMALL[model] if group != "experiment" else ["filters.base=8"]
     chosen = [f"{group}={option}"] if group == "model" else [f"model={model}", f"{group}={option}"]
     config = composed(*chosen, *small, *mandatory)
     module = instantiate(config.module, _convert_="all").eval()
@@ -94,6 +94,16 @@ def test_numbers_of_the_paper(composed: Compose):
     assert config.scheduler.power == 0.9
     assert dict(config.loss.weights) == {"WT": 0.33, "TC": 0.33, "ET": 0.33}
     assert (config.module.l2_weight, config.module.kl_weight) == (0.1, 0.1)
+
+
+def test_the_full_experiment_has_the_numbers_of_the_paper(composed: Compose):
+    config = composed("experiment=frey2019")
+    assert (config.filters.base, config.filters.ratio) == (32, 2)
+    assert (config.optimizer.lr, config.trainer.max_epochs) == (1e-4, 50)
+    assert (config.data.sampler.patch_size, config.window.patch_size) == (80, 80)
+    assert config.data.cache.spacing_mm == 1
+    small = composed("experiment=frey2019", "data=phantom", "filters.base=8")
+    assert (small.filters.base, small.data.sampler.patch_size) == (8, 32)
 
 
 def test_numbers_of_the_other_paper(composed: Compose):
@@ -146,6 +156,9 @@ def test_name_of_a_run_is_what_it_asks_however_it_is_typed():
         ("predict.py", ["--help"], "checkpoint=RUN/best.ckpt", 0),
         ("predict.py", ["chekpoint=a"], "Key 'chekpoint' is not in struct", 1),
         ("predict.py", [], "Missing mandatory value: checkpoint", 1),
+        ("evaluate.py", ["--help"], "predictions=FOLDER", 0),
+        ("evaluate.py", ["predctions=a"], "Key 'predctions' is not in struct", 1),
+        ("evaluate.py", [], "Missing mandatory value: input", 1),
     ],
 )
 def test_help_and_typos_are_answered_without_torch(

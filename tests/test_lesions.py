@@ -254,13 +254,13 @@ def test_a_case_seen_twice_counts_once_and_order_does_not_matter():
         np.testing.assert_array_equal(a, b)
 
 
-def rank(number: int, ranks: int, folder: str) -> None:
+def rank(number: int, ranks: int, cases: int, folder: str) -> None:
     """One of several processes that each score some of the cases; saves what all know then."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=number, world_size=ranks
     )
     metric = LesionMetrics(FULL)
-    for index in range(number, 5, ranks):
+    for index in range(number, cases, ranks):
         metric.update(*random_case(index), torch.tensor([index]))
     np.savez(f"{folder}/{number}.npz", **metric.compute()._asdict())
     torch.distributed.destroy_process_group()
@@ -273,13 +273,15 @@ def random_case(index: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(rng.random((1, 1, 8, 8, 8), np.float32)), torch.from_numpy(truth)
 
 
-def test_two_processes_know_what_one_does(tmp_path: Path):
-    torch.multiprocessing.spawn(rank, (2, str(tmp_path)), nprocs=2)  # pyright: ignore
+@pytest.mark.parametrize("cases", [5, 1])
+def test_two_processes_know_what_one_does(tmp_path: Path, cases: int):
+    """Also where one of them has no case at all."""
+    torch.multiprocessing.spawn(rank, (2, cases, str(tmp_path)), nprocs=2)  # pyright: ignore
     alone = LesionMetrics(FULL)
-    for index in range(5):
+    for index in range(cases):
         alone.update(*random_case(index), torch.tensor([index]))
     expected = alone.compute()._asdict()
-    assert len(expected["lesions"]) > 10
+    assert (len(expected["lesions"]) > 10) == (cases == 5)
     for number in range(2):
         found = np.load(tmp_path / f"{number}.npz")
         for name, array in expected.items():

@@ -25,7 +25,9 @@ def test_every_kind_of_command_is_known():
     assert len(COMMANDS) >= 8
     assert SWEEP in COMMANDS
     for command in COMMANDS:
-        assert command.startswith(("make ", "python train.py", "python predict.py", "python -m "))
+        assert command.startswith(
+            ("make ", *(f"python {script}" for script in ("train", "predict", "evaluate", "-m ")))
+        )
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
@@ -47,7 +49,9 @@ DETECTION = {
     "python -m experiments.detection runs/detection",
     "python train.py experiment=krivov2018 data.data_set.root=METASTASES",
 }
-ELSEWHERE = {SWEEP, *DETECTION}
+# One after the other, below.
+EVALUATION = [command for command in COMMANDS if "frey2019" in command or "=segmented" in command]
+ELSEWHERE = {SWEEP, *DETECTION, *EVALUATION}
 
 
 @pytest.mark.parametrize(
@@ -74,3 +78,27 @@ def test_python(
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not re.search(r"Traceback|Error", done.stderr)
+
+
+def test_the_papers_evaluation(tiny: list[str], brats: Path, tmp_path: Path):
+    """Train two models, evaluate them, segment new scans, score the label maps."""
+    assert [shlex.split(command)[1] for command in EVALUATION] == [
+        "train.py", "evaluate.py", "predict.py", "evaluate.py",
+    ]  # fmt: skip
+    ours = [o for o in tiny if not o.startswith(("run_dir", "data=", "data.data_set.root"))]
+    new = write_brats(tmp_path / "new", cases=2)
+    for command in EVALUATION:
+        for name in ("runs/frey2019", "=segmented", "=evaluation"):
+            folder = f"{tmp_path}/{name.lstrip('=')}"
+            command = command.replace(name, f"={folder}" if "=" in name else folder)
+        words = shlex.split(command.replace("FOLDER", str(brats)).replace("NEW", str(new)))
+        if "train.py" in words:
+            words += [*ours, "filters.base=8", f"hydra.sweep.dir={tmp_path}/runs/frey2019"]
+        elif "evaluate.py" in words:
+            words += ["wandb=disabled"]
+        done = subprocess.run(
+            [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "segmented").glob("*.nii.gz"))) == 2
+    assert "| Mean |" in (tmp_path / "evaluation" / "table1.md").read_text()

@@ -233,6 +233,7 @@ class LesionMetrics(Metric):
     """Keeps the lesions of every case; `compute` gives a `LesionReport`.
 
     Cases are told apart by their index, so that one that two ranks have both seen counts once.
+    They are kept flat, in one dimension: torchmetrics takes ranks without any case only so.
 
     Args:
         geometry: Of the network: how coarse its predictions are.
@@ -241,9 +242,7 @@ class LesionMetrics(Metric):
     """
 
     full_state_update = False
-    index: list[Tensor]
-    counts: list[Tensor]
-    lesions: list[Tensor]
+    flat: list[Tensor]
 
     def __init__(
         self,
@@ -255,9 +254,7 @@ class LesionMetrics(Metric):
         self.stride = geometry.stride
         self.spacing_mm = spacing_mm
         self.thresholds = tuple(thresholds)
-        self.add_state("index", default=[], dist_reduce_fx="cat")
-        self.add_state("counts", default=[], dist_reduce_fx="cat")
-        self.add_state("lesions", default=[], dist_reduce_fx="cat")
+        self.add_state("flat", default=[], dist_reduce_fx="cat")
 
     def update(self, probability: Tensor, truth: Tensor, index: Tensor) -> None:
         """Add cases: (B, 1, X', Y', Z'), masks (B, 1, X, Y, Z), places in the data set (B,)."""
@@ -269,25 +266,30 @@ class LesionMetrics(Metric):
                 self.spacing_mm,
                 self.thresholds,
             )
-            lesions = np.insert(case.lesions, 0, number, axis=1)
-            device = index.device
-            self.index.append(torch.tensor([[number, len(lesions)]], device=device))
-            self.counts.append(torch.tensor(case.counts[None], dtype=torch.float32, device=device))
-            self.lesions.append(torch.tensor(lesions, dtype=torch.float32, device=device))
+            row = [[number, len(case.lesions)], case.counts.ravel(), case.lesions.ravel()]
+            # float32 is what every device has, and exact for what is counted here.
+            self.flat.append(
+                torch.tensor(np.concatenate(row), dtype=torch.float32, device=index.device)
+            )
 
     def compute(self) -> LesionReport:
         """All cases, by index."""
-        index, counts, lesions = (
-            (torch.cat(state) if isinstance(state, list) else state).cpu().numpy()
-            for state in (self.index, self.counts, self.lesions)
-        )
-        numbers, sizes = index.T.tolist()
-        by_case = np.split(lesions, np.cumsum(sizes)[:-1])
-        once = {number: position for position, number in enumerate(numbers)}
-        kept = [once[number] for number in sorted(once)]
+        # A list state is a tensor already once torchmetrics has gathered it from all ranks.
+        flat = torch.cat(self.flat) if isinstance(self.flat, list) else self.flat
+        rest = flat.cpu().numpy()
+        shape = (len(self.thresholds), len(COUNTS))
+        counts: dict[int, np.ndarray] = {}
+        lesions: dict[int, np.ndarray] = {}
+        while rest.size:
+            index, size = rest[:2].astype(int).tolist()
+            ends = np.cumsum([2, shape[0] * shape[1], 2 * size]).tolist()
+            counts[index] = rest[ends[0] : ends[1]].reshape(shape)
+            lesions[index] = np.insert(rest[ends[1] : ends[2]].reshape(-1, 2), 0, index, axis=1)
+            rest = rest[ends[2] :]
+        order = sorted(counts)
         return LesionReport(
             np.array(self.thresholds, np.float32),
-            index[kept, 0],
-            counts[kept],
-            np.concatenate([by_case[position] for position in kept]),
+            np.array(order),
+            np.stack([counts[index] for index in order]),
+            np.concatenate([lesions[index] for index in order]),
         )

@@ -29,7 +29,7 @@ $(BIN)/.dev: $(BIN)/.installed
 # pip unpacks on one core. The other makes the phantoms in the meantime: they need few packages.
 demo: | $(BIN)/python
 	$(BIN)/python -c "import nilearn, filelock, rich" 2> /dev/null || $(INSTALL) nilearn filelock rich
-	$(BIN)/python -m datamodules.phantom data/phantom-2mm --cases 48 --spacing-mm 2 & \
+	$(BIN)/python -m datamodules.phantom data/phantom-2mm --cases 64 --spacing-mm 2 & \
 	  $(MAKE) $(BIN)/.installed && wait
 	$(BIN)/python train.py
 

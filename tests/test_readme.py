@@ -40,6 +40,17 @@ def test_make(command: str):
     ] in done.stdout
 
 
+def test_the_demo_makes_the_phantoms_that_the_configuration_asks_for(
+    composed: Callable[..., DictConfig],
+):
+    done = subprocess.run(
+        ["make", "demo", "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    asked = composed().data.data_set
+    expected = f"{asked.root} --cases {asked.count} --spacing-mm {asked.spacing_mm}"
+    assert f"-m datamodules.phantom {expected} " in done.stdout
+
+
 SWEEP = (
     "python train.py -m model=aeunet norm=group,batch"  # test_train.py runs it, and looks closer
 )

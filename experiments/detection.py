@@ -7,7 +7,6 @@ target (`--target-fp`).
 """
 
 import argparse
-import csv
 import json
 import sys
 import time
@@ -19,6 +18,7 @@ import numpy as np
 from hydra.experimental.callback import Callback  # noqa: TID251  (the hook of a sweep's end)
 
 from errors import InputError
+from experiments.tables import markdown, write_csv
 
 if TYPE_CHECKING:
     import torch
@@ -250,13 +250,6 @@ def mean_of(scores: Sequence[dict[str, float]], key: str) -> str:
     return f"{np.mean(values):.3f}" if values else "-"
 
 
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """Rows as a table; the columns are those of the first."""
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def froc_figure(tested: Sequence[Tested], path: Path) -> None:
     """Sensitivity over false positives a patient: every seed, and its operating point."""
     from matplotlib.figure import Figure
@@ -351,10 +344,7 @@ def write_report(folder: Path, target_fp: float | None = None) -> Path:
     busiest = max(volumes, key=lambda volume: int(volume["mask"].sum()))
     froc_figure(tested, output / "froc.png")
     example_figure(tested, busiest, output / "example.png")
-    with (output / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(output / "table.csv", rows)
     paper = [
         {
             "network": str(row["network"]),

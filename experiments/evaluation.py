@@ -4,7 +4,6 @@
 taken from the files, on the grid of the truth: what is written is what is scored.
 """
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from datamodules.brats import BraTSMasks
 from datamodules.cases import Case, Compared, DataSet, compared, read_volume
 from errors import InputError
+from experiments.tables import markdown, write_csv
 
 TITLES = {
     "dice": "Dice",
@@ -258,21 +258,6 @@ def _most(weight: np.ndarray, affine: np.ndarray) -> tuple[float, ...]:
     """Position in mm of the voxel with the largest weight."""
     voxel = np.unravel_index(int(weight.argmax()), weight.shape)
     return tuple((affine @ [*voxel, 1])[:3].tolist())
-
-
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as a table; the columns are those of the first."""
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Rows as CSV; the columns are those of the first."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def report(

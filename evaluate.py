@@ -82,7 +82,7 @@ def with_thresholds(given: Mapping[str, Any]) -> Predictor:
     tuning = part_of(predictor.data_set.cases(), given["tuned_on"], given)
     point = choose(predictor, tuning, given["least_volume"])
     Path(given["output"]).mkdir(parents=True, exist_ok=True)
-    point.write(Path(given["output"]) / THRESHOLDS_NAME)
+    point.write(Path(given["output"]) / THRESHOLDS_NAME, predictor.networks)
     return predictor.at(point)
 
 

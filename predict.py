@@ -48,7 +48,8 @@ class Predictor:
         data_set: What the networks were trained on: modalities, regions, labels.
         spacing_mm: Of the volumes that the networks see.
         point: Thresholds and least volumes of the regions.
-        settings: All that the label maps depend on beside the cases, for `SETTINGS_NAME`.
+        networks: What tells the ensemble from others: its checkpoints, whether it flips.
+        precision: Of the ensemble, by its name.
         device: Name, or "auto".
         probabilities: Write them too.
         pictures: Write them too.
@@ -59,7 +60,8 @@ class Predictor:
     data_set: "DataSet"
     spacing_mm: float
     point: "OperatingPoint"
-    settings: Mapping[str, Any]
+    networks: Mapping[str, Any]
+    precision: str = "32"
     device: str = "auto"
     probabilities: bool = False
     pictures: bool = True
@@ -74,7 +76,7 @@ class Predictor:
         """
         import torch
 
-        from lightning_modules.checkpoint import build, find, load_ensemble
+        from lightning_modules.checkpoint import build, find, fingerprint, load_ensemble
 
         paths = find(given["checkpoint"])
         precision = PRECISIONS.get(str(given["precision"]))
@@ -86,18 +88,15 @@ class Predictor:
         ensemble, config = load_ensemble(paths, flip_axes, getattr(torch, precision))
         data_set = build(config["data"]["data_set"])
         threshold = float(ensemble.members[0].threshold)  # pyright: ignore[reportArgumentType]
-        point = operating_point(given["thresholds"], data_set.regions, threshold)
+        networks = {"checkpoint": [fingerprint(path) for path in paths], "flips": given["flips"]}
+        point = operating_point(given["thresholds"], data_set.regions, threshold, networks)
         return cls(
             ensemble=ensemble,
             data_set=data_set,
             spacing_mm=config["data"]["cache"]["spacing_mm"],
             point=point,
-            settings={
-                "checkpoint": [str(path.resolve()) for path in paths],
-                "flips": bool(given["flips"]),
-                "precision": str(given["precision"]),
-                **asdict(point),
-            },
+            networks=networks,
+            precision=str(given["precision"]),
             device=given["device"],
             probabilities=given["probabilities"],
             pictures=given["pictures"],
@@ -106,7 +105,7 @@ class Predictor:
 
     def at(self, point: "OperatingPoint") -> "Predictor":
         """The same networks at other thresholds."""
-        return replace(self, point=point, settings={**self.settings, **asdict(point)})
+        return replace(self, point=point)
 
     def __call__(self, cases: Sequence["Case"], output: Path) -> list[str]:
         """Write `output/CASE.nii.gz` for every case; print scores where there are masks.
@@ -141,7 +140,8 @@ class Predictor:
     def claim(self, output: Path) -> None:
         """Write down what the label maps of a folder are made with; see that it is no other."""
         path = output / SETTINGS_NAME
-        settings = json.loads(json.dumps(dict(self.settings)))
+        settings = {**self.networks, "precision": self.precision, **asdict(self.point)}
+        settings = json.loads(json.dumps(settings))
         if path.exists() and not self.again and (found := json.loads(path.read_text())) != settings:
             key = next(key for key in settings if found.get(key) != settings[key])
             raise InputError(
@@ -208,9 +208,18 @@ class Predictor:
 
 
 def operating_point(
-    given: str | float | Mapping[str, float], regions: Sequence[str], of_checkpoint: float
+    given: str | float | Mapping[str, float],
+    regions: Sequence[str],
+    of_checkpoint: float,
+    networks: Mapping[str, Any],
 ) -> "OperatingPoint":
     """What `thresholds` stands for: see conf/predict.yaml.
+
+    Args:
+        given: The value.
+        regions: That need a threshold.
+        of_checkpoint: The threshold that the checkpoint has.
+        networks: Those that it is for.
 
     Raises:
         InputError: A region without threshold, or a file that is none of `evaluate.py`.
@@ -222,7 +231,7 @@ def operating_point(
     if given == "paper":
         point = OperatingPoint(PAPER)
     elif isinstance(given, str):
-        point = OperatingPoint.read(Path(given))
+        point = OperatingPoint.read(Path(given), networks)
     elif isinstance(given, Mapping):
         point = OperatingPoint(given)
     else:

@@ -1,5 +1,6 @@
 """A checkpoint is the resolved configuration of its run plus weights; nothing else is needed."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -84,6 +85,13 @@ def find(given: str | Path | Sequence[str | Path]) -> list[Path]:
     if not found:
         raise InputError("checkpoint: expected one or more, found none")
     return found
+
+
+def fingerprint(path: Path) -> str:
+    """Name and content of a checkpoint in one line; the same wherever its run's folder lies."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return f"{path.parent.name}/{path.name} {digest}"
 
 
 def load_ensemble(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,24 +43,40 @@ class OperatingPoint:
                 )
 
     @classmethod
-    def read(cls, path: Path) -> "OperatingPoint":
-        """From a file that `write` has written.
+    def read(cls, path: Path, networks: Mapping[str, Any]) -> "OperatingPoint":
+        """From a file that `write` has written; warns where it was chosen for other networks.
+
+        Args:
+            path: Of the file.
+            networks: As of `write`, of those that it is read for.
 
         Raises:
             InputError: No such file, or another content.
         """
         try:
             content = json.loads(path.read_text())
-            return cls(content["thresholds"], content["least_mm3"])
+            point = cls(content["thresholds"], content["least_mm3"])
+            chosen_for = content["chosen_for"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: expected thresholds as written by evaluate.py, found: {error}"
             ) from error
+        for key, value in json.loads(json.dumps(dict(networks))).items():
+            if chosen_for.get(key) != value:
+                logging.warning(
+                    "%s: chosen for %s %s, used for %s", path, key, chosen_for.get(key), value
+                )
+        return point
 
-    def write(self, path: Path) -> None:
-        """As JSON, at once and whole."""
+    def write(self, path: Path, networks: Mapping[str, Any]) -> None:
+        """As JSON, at once and whole.
+
+        Args:
+            path: Of the file.
+            networks: What tells the networks from others that it was not chosen for.
+        """
         partial = path.with_name(f".{os.getpid()}.{path.name}")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        partial.write_text(json.dumps({**asdict(self), "chosen_for": networks}, indent=1) + "\n")
         partial.replace(path)
 
     def masks(

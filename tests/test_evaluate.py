@@ -147,7 +147,7 @@ def test_a_sweep_is_predicted_and_scored(runs: Path, brats: Path, tmp_path: Path
     for figure in ("figure3", "figure4", "figure5"):
         with Image.open(output / f"{figure}.png") as picture:
             assert np.asarray(picture.convert("L")).std() > 5
-    point = OperatingPoint.read(output / THRESHOLDS_NAME)
+    point = OperatingPoint.read(output / THRESHOLDS_NAME, {})
     assert set(point.thresholds) == {"WT", "TC", "ET"}
     assert set(point.least_mm3) == {"ET"}
     assert "With least volumes" in text.read_text()

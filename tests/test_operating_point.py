@@ -77,11 +77,15 @@ def test_small_regions_are_false_alarms():
         assert masks.sum((1, 2, 3)).tolist() == [8, left]
 
 
-def test_written_and_read(tmp_path: Path):
+def test_written_and_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     point = OperatingPoint({"WT": 0.55, "ET": 0.4}, {"ET": 30.0})
-    point.write(tmp_path / "thresholds.json")
-    assert OperatingPoint.read(tmp_path / "thresholds.json") == point
-    assert [path.name for path in tmp_path.iterdir()] == ["thresholds.json"]
+    path = tmp_path / "thresholds.json"
+    point.write(path, {"checkpoint": ["a.ckpt"], "flips": True})
+    assert OperatingPoint.read(path, {"checkpoint": ["a.ckpt"], "flips": True}) == point
+    assert [file.name for file in tmp_path.iterdir()] == ["thresholds.json"]
+    assert not caplog.messages
+    OperatingPoint.read(path, {"checkpoint": ["a.ckpt"], "flips": False})
+    assert caplog.messages == [f"{path}: chosen for flips True, used for False"]
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(InputError, match=r"other\.json: expected thresholds"):
-        OperatingPoint.read(tmp_path / "other.json")
+        OperatingPoint.read(tmp_path / "other.json", {})

@@ -204,7 +204,8 @@ def error_figure(
     smoothed by a Gaussian, where there is any tumour.
 
     Returns:
-        The cases that could not be brought there, which the figure leaves out.
+        The cases that could not be brought there, which the figure leaves out. Without any tumour
+        left there is no figure.
     """
     import nibabel as nib
     from matplotlib.figure import Figure
@@ -235,6 +236,8 @@ def error_figure(
     hit, total = gaussian_filter(hit, sigma), gaussian_filter(total, sigma)
     # Where less than a tenth of a voxel of one tumour lies there is nothing to say.
     shown = (total > 0.1) & (reference.voxels > 0)
+    if not shown.any():
+        return failed
     error = np.where(shown, 1 - 2 * hit / np.maximum(total, 1e-6), 0)
     figure = Figure(figsize=(10, 4))
     background = nib.Nifti1Image(reference.voxels, reference.affine)

@@ -2,7 +2,6 @@
 
 from collections import deque
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,40 +251,6 @@ def test_a_case_seen_twice_counts_once_and_order_does_not_matter():
         other.update(*cases[index], torch.tensor([index]))
     for a, b in zip(one.compute(), other.compute(), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def rank(number: int, ranks: int, cases: int, folder: str) -> None:
-    """One of several processes that each score some of the cases; saves what all know then."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=number, world_size=ranks
-    )
-    metric = LesionMetrics(FULL)
-    for index in range(number, cases, ranks):
-        metric.update(*random_case(index), torch.tensor([index]))
-    np.savez(f"{folder}/{number}.npz", **metric.compute()._asdict())
-    torch.distributed.destroy_process_group()
-
-
-def random_case(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cases 0 and 2, all of those of one rank but the last, have no lesion."""
-    rng = np.random.default_rng(index)
-    truth = (rng.random((1, 1, 8, 8, 8)) < 0.02) & (index not in (0, 2))
-    return torch.from_numpy(rng.random((1, 1, 8, 8, 8), np.float32)), torch.from_numpy(truth)
-
-
-@pytest.mark.parametrize("cases", [5, 1])
-def test_two_processes_know_what_one_does(tmp_path: Path, cases: int):
-    """Also where one of them has no case at all."""
-    torch.multiprocessing.spawn(rank, (2, cases, str(tmp_path)), nprocs=2)  # pyright: ignore
-    alone = LesionMetrics(FULL)
-    for index in range(cases):
-        alone.update(*random_case(index), torch.tensor([index]))
-    expected = alone.compute()._asdict()
-    assert (len(expected["lesions"]) > 10) == (cases == 5)
-    for number in range(2):
-        found = np.load(tmp_path / f"{number}.npz")
-        for name, array in expected.items():
-            np.testing.assert_array_equal(found[name], array)
 
 
 def test_rows_name_what_was_counted():

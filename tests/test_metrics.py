@@ -1,8 +1,6 @@
 """Scores of regions: by hand, by MONAI, naively; case by case, over batches and ranks."""
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,23 +215,3 @@ def test_evaluation_has_a_row_of_all_scores_and_tells_empty_masks():
     assert row["hd95_mm_WT"] == 1
     assert math.isnan(row["dice_ET"])
     assert metrics.compute()["dice_WT"].item() == pytest.approx(row["dice_WT"])
-
-
-def _rank(rank: int, store: str, folder: str) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    metrics = RegionMetrics(["WT"])
-    if rank == 0:  # the other one has not seen any case
-        for index, start in ((3, 2), (1, 3)):
-            metrics.update(cube(start), cube(2), NOTHING_OUTSIDE, torch.tensor([index]))
-    value = metrics.compute()["dice"]
-    torch.save(value, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="gloo over a file is not to be had on Windows")
-def test_a_rank_without_cases_knows_those_of_the_others(tmp_path: Path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    values = [torch.load(tmp_path / f"{rank}.pt").item() for rank in (0, 1)]
-    assert values == [pytest.approx((1 + 54 / 128) / 2)] * 2

@@ -11,7 +11,9 @@ help:
 	@echo "make lint    ruff and pyright"
 	@echo "make format  ruff, in place"
 
-# --no-compile: byte code is made for what is imported, not for all of the packages.
+# --no-compile: byte code is made for what is imported, not for all of the packages. So it must be
+# kept: where it may not be written, every process compiles thousands of modules for a minute.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 $(BIN)/python:

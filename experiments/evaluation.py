@@ -238,7 +238,8 @@ def error_figure(
     shown = (total > 0.1) & (reference.voxels > 0)
     if not shown.any():
         return failed
-    error = np.where(shown, 1 - 2 * hit / np.maximum(total, 1e-6), 0)
+    # 0 is nothing to nilearn: a place without error is drawn as one of nearly none.
+    error = np.where(shown, np.maximum(1 - 2 * hit / np.maximum(total, 1e-6), 1e-3), 0)
     figure = Figure(figsize=(10, 4))
     background = nib.Nifti1Image(reference.voxels, reference.affine)
     plot_stat_map(
@@ -249,7 +250,7 @@ def error_figure(
         symmetric_cbar=False,
         vmin=0,
         vmax=1,
-        threshold=1e-6,
+        threshold=1e-4,
         cut_coords=_most(total * shown, reference.affine),
         title=f"1 - Dice of {data_set.regions[0]}, {len(pairs) - len(failed)} cases",
     )

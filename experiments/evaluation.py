@@ -299,7 +299,9 @@ def report(
         with_least = score(pairs, predictions, data_set, convention, least_mm3)
         volumes = json.dumps(dict(least_mm3))
         table = table_1(with_least, regions)
-        lines += [f"With least volumes (mm³) of {volumes}:", "", markdown(table), ""]
+        same = " the same" if with_least == rows else ""
+        lines += [f"With least volumes (mm³) of {volumes}:{same}", ""]
+        lines += [] if same else [markdown(table), ""]
     raincloud(rows, regions, output / "figure4.png")
     if all(pair.case.images for pair in pairs):
         shown = example(pairs, rows, predictions, data_set)

@@ -121,27 +121,33 @@ def hausdorff95(
 
     A surface are the voxels of a mask that have a face neighbour outside it.
     """
-    union = prediction | truth
-    box = []
-    for axis in range(3):
-        along = np.flatnonzero(union.any(axis=tuple({0, 1, 2} - {axis})))
-        box.append(slice(along[0], along[-1] + 1))
-    surfaces = surface(prediction[tuple(box)]), surface(truth[tuple(box)])
-    # Where both surfaces run through one voxel, the distance is 0 without looking for it.
-    common = int((surfaces[0] & surfaces[1]).sum())
-    points = [np.argwhere(own) * np.asarray(spacing_mm, float) for own in surfaces]
-    apart = [
-        np.argwhere(own & ~other) * np.asarray(spacing_mm, float)
-        for own, other in (surfaces, surfaces[::-1])
-    ]
-    directed = [
-        np.concatenate([np.zeros(common), _nearest(own, other)])
-        for own, other in zip(apart, reversed(points), strict=True)
-    ]
+    box = _bounding_box(prediction | truth)
+    surfaces = surface(prediction[box]), surface(truth[box])
+    voxels = [np.flatnonzero(own) for own in surfaces]
+    points = [_positions(own, surfaces[0].shape, spacing_mm) for own in voxels]
+    directed = []
+    for own, position, other, others in (
+        (voxels[0], points[0], surfaces[1], points[1]),
+        (voxels[1], points[1], surfaces[0], points[0]),
+    ):
+        # Where both surfaces run through one voxel, the distance is 0 without looking for it.
+        distances = np.zeros(len(own))
+        apart = ~other.ravel()[own]
+        distances[apart] = _nearest(position[apart], others)
+        directed.append(distances)
     return Hausdorff95(
         maximum_mm=max(float(np.percentile(distances, PERCENTILE)) for distances in directed),
         pooled_mm=float(np.percentile(np.concatenate(directed), PERCENTILE)),
     )
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Of the true voxels of (X, Y, Z); the whole of it is read once, along the last axis."""
+    columns = mask.any(2)
+    x, y = np.flatnonzero(columns.any(1)), np.flatnonzero(columns.any(0))
+    box = slice(x[0], x[-1] + 1), slice(y[0], y[-1] + 1)
+    z = np.flatnonzero(mask[box].any((0, 1)))
+    return *box, slice(z[0], z[-1] + 1)
 
 
 def surface(mask: np.ndarray) -> np.ndarray:
@@ -152,6 +158,13 @@ def surface(mask: np.ndarray) -> np.ndarray:
     interior &= padded[inner, :-2, inner] & padded[inner, 2:, inner]
     interior &= padded[inner, inner, :-2] & padded[inner, inner, 2:]
     return mask & ~interior
+
+
+def _positions(
+    voxels: np.ndarray, shape: tuple[int, ...], spacing_mm: Sequence[float]
+) -> np.ndarray:
+    """Of flat indices (N,) into an array: (N, 3) in mm."""
+    return np.stack(np.unravel_index(voxels, shape), axis=1) * np.asarray(spacing_mm, float)
 
 
 def _nearest(points: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -139,7 +139,7 @@ def part_of(cases: "Sequence[Case]", part: str, given: Mapping[str, Any]) -> "li
     return chosen
 
 
-def log_to_wandb(output: Path, mode: str) -> None:
+def log_to_wandb(output: Path, mode: Any) -> None:  # noqa: ANN401  (W&B checks the name)
     """The report as a Weights & Biases run: tables and figures."""
     import csv
 
@@ -150,7 +150,10 @@ def log_to_wandb(output: Path, mode: str) -> None:
     ) as run:
         for name in ("cases", "table1"):
             header, *rows = csv.reader((output / f"{name}.csv").read_text().splitlines())
-            run.log({name: wandb.Table(columns=header, data=rows)})
+            table = wandb.Table(columns=list(header))
+            for row in rows:
+                table.add_data(*row)
+            run.log({name: table})
         for figure in sorted(output.glob("figure*.png")):
             run.log({figure.stem: wandb.Image(str(figure))})
 

@@ -180,7 +180,7 @@ class Predictor:
         volume, estimate = self.estimate(case)
         reference = case.images[data_set.modalities[0]]
         probabilities = restore(estimate, volume.affine, reference)
-        voxel_mm3 = float(abs(np.linalg.det(open_volume(reference).affine[:3, :3])))
+        voxel_mm3 = float(abs(np.linalg.det(np.asarray(open_volume(reference).affine)[:3, :3])))
         brain_mm3 = int((volume.image != 0).any(0).sum()) * self.spacing_mm**3
         found = self.point.masks(
             probabilities, regions, int(brain_mm3 / voxel_mm3), voxel_mm3, case.name

@@ -88,8 +88,8 @@ def score(
         both = compare(pair, predictions, data_set)
         voxel_mm3 = float(np.prod(both.spacing_mm))
         found = without_small(both.prediction, data_set.regions, least_mm3, voxel_mm3)
-        masks = (torch.from_numpy(array)[None] for array in (found, both.truth))
-        metrics.update(*masks, both.spacing_mm, torch.tensor([number]))
+        found, truth = (torch.from_numpy(masks)[None] for masks in (found, both.truth))
+        metrics.update(found, truth, both.spacing_mm, torch.tensor([number]))
     return {pairs[number].case.name: row for number, row in metrics.rows().items()}
 
 

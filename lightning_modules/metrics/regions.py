@@ -143,8 +143,8 @@ def hausdorff95(
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     """Of the true voxels of (X, Y, Z); the whole of it is read once, along the last axis."""
-    columns = mask.any(2)
-    x, y = np.flatnonzero(columns.any(1)), np.flatnonzero(columns.any(0))
+    columns = np.asarray(mask.any(axis=2))
+    x, y = np.flatnonzero(columns.any(axis=1)), np.flatnonzero(columns.any(axis=0))
     box = slice(x[0], x[-1] + 1), slice(y[0], y[-1] + 1)
     z = np.flatnonzero(mask[box].any((0, 1)))
     return *box, slice(z[0], z[-1] + 1)

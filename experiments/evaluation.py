@@ -168,13 +168,11 @@ def raincloud(rows: Rows, regions: Sequence[str], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def example(pairs: Sequence[Pair], rows: Rows, predictions: BraTSMasks, data_set: DataSet) -> Pair:
+def example(pairs: Sequence[Pair], rows: Rows, regions: Sequence[str]) -> Pair:
     """The case whose mean Dice is the median one."""
     means = {
         pair.case.name: float(
-            np.nan_to_num(
-                [rows[pair.case.name][f"dice_{region}"] for region in data_set.regions]
-            ).mean()
+            np.nan_to_num([rows[pair.case.name][f"dice_{region}"] for region in regions]).mean()
         )
         for pair in pairs
     }
@@ -304,7 +302,7 @@ def report(
         lines += [] if same else [markdown(table), ""]
     raincloud(rows, regions, output / "figure4.png")
     if all(pair.case.images for pair in pairs):
-        shown = example(pairs, rows, predictions, data_set)
+        shown = example(pairs, rows, regions)
         example_figure(shown, predictions, data_set, output / "figure3.png")
         lines += [f"Figure 3 shows {shown.case.name}, the case of median Dice."]
         if failed := error_figure(pairs, predictions, data_set, output / "figure5.png"):

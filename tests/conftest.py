@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 import train  # noqa: F401  (registers the resolvers of the configuration)
+from lightning_modules import checkpoint
 
 ROOT = Path(__file__).parents[1]
 RAS_1MM = np.eye(4)
@@ -99,3 +100,27 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
 
     yield compose_config
     HydraConfig.instance().cfg = None
+
+
+class BrighterThan(torch.nn.Module):
+    """Calls every voxel a region whose FLAIR is above the region's threshold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thresholds = torch.nn.Parameter(torch.tensor([0.1, 1.5, 2.5]).view(1, 3, 1, 1, 1))
+
+    def segment(self, x: torch.Tensor) -> torch.Tensor:
+        return 100 * (x[:, 3:] - self.thresholds)
+
+
+@pytest.fixture
+def bright_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are loaded with `BrighterThan` in place of their network."""
+    load = checkpoint.load
+
+    def load_bright(path: Path) -> checkpoint.Loaded:
+        loaded = load(path)
+        loaded.module.network = BrighterThan()
+        return loaded
+
+    monkeypatch.setattr(checkpoint, "load", load_bright)

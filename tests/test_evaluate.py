@@ -16,10 +16,8 @@ import train
 from datamodules import similarity
 from errors import InputError
 from evaluate import THRESHOLDS_NAME, evaluate, part_of
-from lightning_modules import checkpoint
 from lightning_modules.operating_point import OperatingPoint
 from tests.conftest import ROOT, write_brats
-from tests.test_predict import BrighterThan
 
 Compose = Callable[..., DictConfig]
 
@@ -119,19 +117,11 @@ def test_what_cannot_be_scored_is_one_clear_line(label_maps: tuple[Path, Path], 
 
 
 @pytest.fixture
-def runs(composed: Compose, tiny: list[str], tmp_path: Path, monkeypatch) -> Path:
+def runs(composed: Compose, tiny: list[str], tmp_path: Path, bright_networks: None) -> Path:
     """Two finished runs of a sweep, loaded with `BrighterThan` in place of their networks."""
     for seed in (0, 1):
         folder = tmp_path / "runs" / str(seed)
         train.train(composed(*tiny, "logger=csv", f"seed={seed}", f"run_dir={folder}"))
-    load = checkpoint.load
-
-    def load_bright(path: Path) -> checkpoint.Loaded:
-        loaded = load(path)
-        loaded.module.network = BrighterThan()
-        return loaded
-
-    monkeypatch.setattr(checkpoint, "load", load_bright)
     return tmp_path / "runs"
 
 

@@ -269,3 +269,12 @@ def test_bottleneck_is_single_precision_under_autocast():
         output = network(torch.randn(1, 4, 16, 16, 16))
     assert output.latent.mean.dtype == output.latent.log_variance.dtype == torch.float32
     assert output.logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("prior", [0.01, 0.2])
+def test_detectors_start_from_the_prior(prior: float):
+    torch.manual_seed(0)
+    for network in (UNet3D(filters=8, prior=prior), DNet(filters=8, prior=prior)):
+        logits = network.segment(torch.randn(1, 1, 64, 64, 64))
+        expected = torch.logit(torch.tensor(prior))
+        assert abs(logits.mean() - expected) < 0.5

@@ -21,30 +21,11 @@ from tests.conftest import ROOT, write_brats
 Compose = Callable[..., DictConfig]
 
 
-class BrighterThan(torch.nn.Module):
-    """Calls every voxel a region whose FLAIR is above the region's threshold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.thresholds = torch.nn.Parameter(torch.tensor([0.1, 1.5, 2.5]).view(1, 3, 1, 1, 1))
-
-    def segment(self, x: torch.Tensor) -> torch.Tensor:
-        return 100 * (x[:, 3:] - self.thresholds)
-
-
 @pytest.fixture
-def bright(composed: Compose, tiny: list[str], tmp_path: Path, monkeypatch) -> Path:
+def bright(composed: Compose, tiny: list[str], bright_networks: None) -> Path:
     """A checkpoint of an untrained network, loaded with `BrighterThan` in its place."""
     config = composed(*tiny, "logger=csv", "trainer.max_epochs=1", "trainer=debug")
     train.train(config)
-    load = checkpoint.load
-
-    def load_bright(path: Path) -> checkpoint.Loaded:
-        loaded = load(path)
-        loaded.module.network = BrighterThan()
-        return loaded
-
-    monkeypatch.setattr(checkpoint, "load", load_bright)
     return Path(config.run_dir) / "best.ckpt"
 
 

@@ -7,7 +7,9 @@ a typo answer at once.
 import hashlib
 import json
 import logging
+import math
 import os
+import signal
 import sys
 import warnings
 from functools import partial
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from lightning_modules.results import Results
 
 # What does not change the result of a run: where it is written, how it is reported.
-NOT_PART_OF_A_RUN = {"hydra", "logger", "run_dir", "choices", "resume", "again", "objective"}
+NOT_PART_OF_A_RUN = {
+    *("hydra", "logger", "run_dir", "choices", "cell", "report"),
+    *("resume", "again", "objective"),
+}
 # They refer to the run's folder, which is what is being named; whatever else they refer to is part
 # of the name by itself.
 NOT_RESOLVED = {"callbacks", "trainer"}
@@ -115,15 +120,19 @@ def one_line(error: Exception) -> str:
 
 def train(config: DictConfig) -> float:
     """Run what `config` describes, or read what came out of it before; returns the objective."""
-    from lightning_modules.results import Results, is_finished, show
+    from lightning_modules.results import Results, claimed, is_finished, show
 
     folder = Path(config.run_dir)
-    if is_finished(folder) and not config.again:
-        results = Results.read(folder)
-        logging.info("finished before; again=true trains it again")
-    else:
-        results = run(config, folder)
-        results.write(folder)
+    with claimed(folder) as mine:
+        if not mine:
+            logging.warning("%s: another process is training it", folder)
+            return math.nan
+        if is_finished(folder) and not config.again:
+            results = Results.read(folder)
+            logging.info("finished before; again=true trains it again")
+        else:
+            results = run(config, folder)
+            results.write(folder)
     show(results, folder)
     if config.objective not in results.metrics:
         known = ", ".join(sorted(results.metrics))
@@ -135,15 +144,16 @@ def run(config: DictConfig, folder: Path) -> "Results":
     """Build, fit and test."""
     import pytorch_lightning as pl
     import wandb
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
 
     from lightning_modules.callbacks import SaveConfig
     from lightning_modules.checkpoint import check_same_network
+    from lightning_modules.cost import Cost
     from lightning_modules.results import (
         Results,
         Stopwatch,
         device_name,
         peak_memory_mib,
-        trainable_parameters,
     )
 
     keep_wandb_at_home(folder)
@@ -158,6 +168,12 @@ def run(config: DictConfig, folder: Path) -> "Results":
     resume = config.resume or (last if last.is_file() and not config.again else None)
     if resume is not None:
         check_same_network(resume, plain["model"])
+    cost = Cost.of(
+        module.network,
+        plain["data"]["batch_size"],
+        plain["model"]["in_channels"],
+        plain["data"]["sampler"]["patch_size"],
+    )
     datamodule.prepare_data()  # what the user's files have wrong shows before a logger starts
     watch = Stopwatch()
     exit_code = 1
@@ -172,13 +188,15 @@ def run(config: DictConfig, folder: Path) -> "Results":
             trainer.test(module, datamodule, ckpt_path=folder / "best.ckpt", verbose=False)
         metrics |= trainer.callback_metrics
         exit_code = 0
+    except SIGTERMException:  # it says 0, as if all were done
+        raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         wandb.finish(exit_code=exit_code)  # else the next job of a sweep logs into it
     return Results(
         run=folder.name,
         choices=dict(config.choices),
         metrics={name: float(value) for name, value in metrics.items()},
-        parameters=trainable_parameters(module.network),
+        cost=cost,
         epochs=epochs,
         checkpoint="best.ckpt",
         fit_s=watch.seconds["fit"],

@@ -112,7 +112,7 @@ def retest(run: Path, target_fp: float | None = None) -> Tested:
         report=score(module, volumes_of(run, config, "test")),
         threshold=threshold,
         fit_s=results.fit_s,
-        parameters=results.parameters,
+        parameters=results.cost.parameters,
         module=module,
         spacing_mm=config["data"]["cache"]["spacing_mm"],
     )
@@ -140,7 +140,7 @@ def volumes_of(run: Path, config: dict[str, Any], part: str) -> Any:  # noqa: AN
     data_set, cache = build(config["data"]["data_set"]), build(config["data"]["cache"])
     names = set(json.loads((run / "split.json").read_text())[part])
     cases = [case for case in data_set.cases() if case.name in names]
-    return Volumes(cache.build(cases, data_set), data_set)
+    return Volumes(cache.build(cases, data_set), data_set, build(config["data"]["sampler"]).inputs)
 
 
 def seconds_a_volume(

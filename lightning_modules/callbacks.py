@@ -84,7 +84,7 @@ class LogSlices(Callback):
         for logger in wandb_loggers(trainer):
             import wandb
 
-            image = as_array(batch["image"][0, self.channel])
+            image = scan_of(trainer, batch["image"][0], self.channel)
             truth, prediction = as_array(batch["mask"][0]), as_array(outputs[0])
             position = busiest_slice(truth[0], axis=2)
             names = {0: "background", **dict(enumerate(regions_of(trainer), start=1))}
@@ -144,10 +144,12 @@ class CaseTable(Callback):
 
 
 class CasePictures(Callback):
-    """Draws every test case, truth and prediction in three planes, to PNG and to W&B."""
+    """Draws test cases, truth and prediction in three planes, to PNG and to W&B."""
 
-    def __init__(self, folder: str | Path, channel: int = -1) -> None:
+    def __init__(self, folder: str | Path, cases: int, channel: int = -1) -> None:
+        """Draw the first `cases` cases, on this channel of their images (the last: FLAIR)."""
         self.folder = Path(folder)
+        self.cases = cases
         self.channel = channel
 
     def on_test_batch_end(
@@ -159,6 +161,8 @@ class CasePictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if batch_idx >= self.cases:
+            return
         regions = regions_of(trainer)
         self.folder.mkdir(parents=True, exist_ok=True)
         for item, case in enumerate(batch["case"]):
@@ -166,7 +170,8 @@ class CasePictures(Callback):
                 name: dict(zip(regions, as_array(masks[item]), strict=True))
                 for name, masks in {"truth": batch["mask"], "prediction": outputs}.items()
             }
-            figure = draw_case(as_array(batch["image"][item, self.channel]), rows, title=case)
+            scan = scan_of(trainer, batch["image"][item], self.channel)
+            figure = draw_case(scan, rows, title=case)
             path = self.folder / f"{case}.png"
             figure.savefig(path, dpi=80)
             for logger in wandb_loggers(trainer):
@@ -179,6 +184,12 @@ def wandb_loggers(trainer: pl.Trainer) -> Iterator[WandbLogger]:
 
 def regions_of(trainer: pl.Trainer) -> list[str]:
     return list(trainer.lightning_module.loss.regions)  # pyright: ignore
+
+
+def scan_of(trainer: pl.Trainer, image: Tensor, channel: int) -> np.ndarray:
+    """One modality (X, Y, Z) of an image; what else a network sees stands behind the modalities."""
+    data_set = trainer.datamodule.data_set  # pyright: ignore[reportAttributeAccessIssue]
+    return as_array(image[: len(data_set.modalities)][channel])
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

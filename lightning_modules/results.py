@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from lightning_modules.cost import Cost
 
 RESULTS_NAME = "results.json"
 
@@ -25,12 +27,13 @@ class Results:
         run: Name of the run, and of its folder.
         choices: The option of each group that was chosen.
         metrics: Last value of everything logged, test scores included.
-        parameters: Trainable weights of the network.
+        cost: Of the network, predicted.
         epochs: Epochs trained, over all resumptions.
         checkpoint: The best checkpoint, the one tested, relative to the run's folder.
         fit_s: Time of training in this process.
         test_s: Time of testing.
-        peak_memory_mib: Most memory allocated on the GPU, or resident in this process without one.
+        peak_memory_mib: Most memory allocated on the GPU, or resident in this process without one;
+            over all runs of a process.
         device: Name of the GPU, or of the processor.
         versions: Of Python and torch.
     """
@@ -38,7 +41,7 @@ class Results:
     run: str
     choices: dict[str, str]
     metrics: dict[str, float]
-    parameters: int
+    cost: Cost
     epochs: int
     checkpoint: str
     fit_s: float
@@ -57,11 +60,37 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> "Results":
-        return cls(**json.loads((folder / RESULTS_NAME).read_text()))
+        content = json.loads((folder / RESULTS_NAME).read_text())
+        return cls(**{**content, "cost": Cost(**content["cost"])})
 
 
 def is_finished(folder: Path) -> bool:
     return (folder / RESULTS_NAME).is_file()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether this process may train the run of a folder: no other is at it.
+
+    The claim ends with the process, however that ends. Of the processes of one distributed run,
+    the first claims for all.
+    """
+    from filelock import FileLock, Timeout
+
+    if rank_zero_only.rank != 0:
+        yield True
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".claim")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 class Stopwatch:
@@ -77,10 +106,6 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - start
-
-
-def trainable_parameters(network: nn.Module) -> int:
-    return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
 
 
 def peak_memory_mib() -> float:
@@ -109,7 +134,11 @@ def show(results: Results, folder: Path) -> None:
     table.add_row("choices", "  ".join(f"{key}={value}" for key, value in results.choices.items()))
     for stage in ("val", "test"):
         table.add_row(stage, _scores(results.metrics, stage))
-    table.add_row("parameters", f"{results.parameters:,}")
+    table.add_row(
+        "network",
+        f"{results.cost.parameters:,} parameters, {results.cost.gflops:.2f} GFLOP a patch, "
+        f"{results.cost.memory_mib:.0f} MiB a training step",
+    )
     table.add_row(
         "cost",
         f"{results.epochs} epochs in {results.fit_s:.0f} s, test in {results.test_s:.0f} s, "

@@ -1,0 +1,240 @@
+"""Sweeps over factors: their cells and plan, what survives a kill, and the report of them."""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra.errors import CompactHydraException
+
+from errors import InputError
+from experiments import null_report
+from hydra_plugins.one_factor_sweeper import add_to_plan, cells
+from lightning_modules.cost import Cost
+from lightning_modules.results import Results, claimed
+from tests.conftest import ROOT
+
+COST = Cost(parameters=1000, widths=[8, 16], gflops=1.5, memory_mib=20.0)
+
+
+def write_run(folder: Path, scores: np.ndarray, shift: float = 0.0) -> None:
+    """A finished run whose Dice of every region is `scores` (cases,) plus a shift."""
+    folder.mkdir(parents=True)
+    rows = [
+        {"case": f"case_{number}", **{f"dice_{r}": value + shift for r in ("WT", "TC", "ET")}}
+        for number, value in enumerate(scores)
+    ]
+    with (folder / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for version, epochs in enumerate(((0, 1), (1, 2))):  # stopped and resumed after epoch 0
+        path = folder / f"csv/version_{version}/metrics.csv"
+        path.parent.mkdir(parents=True)
+        path.write_text(
+            "epoch,step,val/dice\n" + "".join(f"{e},{e},{(e + version) / 10}\n" for e in epochs)
+        )
+    Results(
+        run=folder.name,
+        choices={},
+        metrics={},
+        cost=COST,
+        epochs=3,
+        checkpoint="best.ckpt",
+        fit_s=60.0,
+        test_s=6.0,
+        peak_memory_mib=500.0,
+        device="cpu",
+    ).write(folder)
+
+
+LEVELS = {("baseline", "baseline"): 0.0, ("norm", "batch"): 0.0, ("depth", "2"): -0.2}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three seeds of a baseline, of a level that changes nothing and of one that cripples."""
+    rng = np.random.default_rng(0)
+    difficulty = rng.uniform(0.6, 0.8, 12)
+    planned = []
+    for (factor, level), shift in LEVELS.items():
+        for seed in range(3):
+            run = f"{factor}-{level}-s{seed}"
+            planned.append({"run": run, "seed": seed, "factor": factor, "level": level})
+            noise = rng.normal(0, 0.004, 12) + rng.normal(0, 0.002)
+            write_run(tmp_path / run, difficulty + noise, shift)
+    plan = {
+        "stated": "2020-01-01T00:00:00+00:00",
+        "report": {"margin": {"WT": 0.02, "TC": 0.02, "ET": 0.02}, "alpha": 0.05},
+        "commands": ["python train.py experiment=norm", "python train.py experiment=depth"],
+        "cells": planned,
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    return tmp_path
+
+
+def test_cells_differ_from_the_baseline_in_one_factor():
+    levels = {"experiment": ["norm"], "norm": ["group", "batch"], "model.depth": ["4", "3", "5"]}
+    common = {"experiment": "norm"}
+    baseline = {**common, "norm": "group", "model.depth": "4"}
+    assert list(cells(levels)) == [
+        {**baseline, "cell.factor": "baseline", "cell.level": "baseline"},
+        {**baseline, "norm": "batch", "cell.factor": "norm", "cell.level": "'batch'"},
+        {**baseline, "model.depth": "3", "cell.factor": "model.depth", "cell.level": "'3'"},
+        {**baseline, "model.depth": "5", "cell.factor": "model.depth", "cell.level": "'5'"},
+    ]
+
+
+def plan_of(*runs: tuple[str, str], margin: float = 0.02, command: str = "a") -> dict:
+    return {
+        "stated": command,
+        "report": {"margin": {"WT": margin}},
+        "commands": [command],
+        "cells": [{"run": run, "seed": 0, "factor": f, "level": f} for run, f in runs],
+    }
+
+
+def test_sweeps_with_one_baseline_share_a_plan(tmp_path: Path):
+    path = tmp_path / "sweep/plan.json"
+    add_to_plan(path, plan_of(("base", "baseline"), ("b", "norm")))
+    add_to_plan(path, plan_of(("base", "baseline"), ("c", "depth"), command="second"))
+    plan = json.loads(path.read_text())
+    assert [cell["run"] for cell in plan["cells"]] == ["base", "b", "c"]
+    assert plan["stated"] == "a"
+    assert plan["commands"] == ["a", "second"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_plan_takes_no_other_baseline_and_no_later_margin(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    add_to_plan(path, plan_of(("base", "baseline")))
+    before = path.read_text()
+    with pytest.raises(CompactHydraException, match=r"baseline of seed 0 is base .* other here"):
+        add_to_plan(path, plan_of(("other", "baseline")))
+    with pytest.raises(CompactHydraException, match="what was stated before the runs stands"):
+        add_to_plan(path, plan_of(("base", "baseline"), margin=0.5))
+    assert path.read_text() == before
+
+
+def test_a_run_is_claimed_by_one_process(tmp_path: Path):
+    folder = tmp_path / "run"
+    ask = (
+        "from pathlib import Path; from lightning_modules.results import claimed\n"
+        f"with claimed(Path({str(folder)!r})) as mine: print(mine)"
+    )
+
+    def ask_elsewhere() -> str:
+        command = [sys.executable, "-c", ask]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    with claimed(folder) as mine:
+        assert mine
+        with claimed(folder) as again:
+            assert not again
+        assert ask_elsewhere() == "False"
+    with claimed(folder) as mine:
+        assert mine
+
+
+def test_verdicts_of_a_planted_effect_and_of_none(sweep: Path):
+    found = null_report.compare_all(null_report.read_sweep(sweep))
+    assert len(found) == 6
+    for region in ("WT", "TC", "ET"):
+        crippled = found["depth", "2", region]
+        assert crippled.verdict == "different"
+        assert crippled.difference == pytest.approx(-0.2, abs=0.01)
+        assert crippled.low < -0.2 < crippled.high
+        assert found["norm", "batch", region].verdict == "equivalent"
+
+
+def test_report_of_a_whole_sweep(sweep: Path):
+    page = null_report.write_report(sweep)
+    output = sweep / "report"
+    assert page == output / "null_report.html"
+    text = (output / "null_report.md").read_text()
+    assert "6 comparisons with the baseline: 3 different, 3 equivalent, 0 undecided." in text
+    assert "9 of 9 runs are finished; 12 test cases" in text
+    with (output / "null_report.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["factor"], row["region"]) for row in rows[:3]] == [
+        ("norm", "WT"),
+        ("norm", "TC"),
+        ("norm", "ET"),
+    ]
+    html = page.read_text()
+    assert html.count('class="verdict different"') == 3
+    assert not re.search(r"<script|<link|<img|\bsrc=|url\(", html.replace("url(#", ""))
+    targets = re.findall(r'href="([^"]*)"', html)
+    assert sum(target.startswith("..") for target in targets) == 9
+    for target in targets:  # its own symbols, and the folders of the runs
+        assert target.startswith("#") or (output / target / "results.json").is_file()
+
+
+def test_report_of_a_half_done_sweep(sweep: Path):
+    for run in ("depth-2-s0", "depth-2-s1", "depth-2-s2", "norm-batch-s2"):
+        (sweep / run / "results.json").unlink()
+    null_report.write_report(sweep)
+    text = (sweep / "report/null_report.md").read_text()
+    assert "5 of 9 runs are finished" in text
+    for line in ("- depth=2 seed=0", "- norm=batch seed=2", "python train.py experiment=depth"):
+        assert line in text
+    found = null_report.compare_all(null_report.read_sweep(sweep))
+    assert {(factor, level) for factor, level, _ in found} == {("norm", "batch")}
+    assert found["norm", "batch", "WT"].level_seeds == 2
+
+
+def test_one_seed_decides_nothing(sweep: Path):
+    for run in sweep.glob("*-s[12]/results.json"):
+        run.unlink()
+    null_report.write_report(sweep)
+    found = null_report.compare_all(null_report.read_sweep(sweep))
+    assert {comparison.verdict for comparison in found.values()} == {"undecided"}
+    assert all(math.isnan(comparison.low) for comparison in found.values())
+
+
+def test_a_baseline_alone_is_a_report(sweep: Path):
+    for run in sweep.glob("[nd]*-s*/results.json"):
+        run.unlink()
+    null_report.write_report(sweep)
+    assert "0 comparisons" in (sweep / "report/null_report.md").read_text()
+
+
+def test_learning_curve_of_a_resumed_run(sweep: Path):
+    assert null_report.read_curve(sweep / "norm-batch-s0").tolist() == [
+        [0, 0.0],
+        [1, 0.2],
+        [2, 0.3],
+    ]
+
+
+def test_other_test_cases_are_refused(sweep: Path):
+    path = sweep / "norm-batch-s1/cases.csv"
+    path.write_text(path.read_text().replace("case_3", "case_99"))
+    with pytest.raises(InputError, match=r"norm-batch-s1: tested on other cases than"):
+        null_report.read_sweep(sweep)
+
+
+def test_what_is_no_sweep_is_one_line(tmp_path: Path, sweep: Path, capsys: pytest.CaptureFixture):
+    assert null_report.main([str(tmp_path / "nowhere")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "plan.json: not found" in error
+    for run in sweep.glob("baseline*/results.json"):
+        run.unlink()
+    assert null_report.main([str(sweep)]) == 1
+    assert "the baseline has no finished run yet" in capsys.readouterr().err
+
+
+def test_cells_show_unequal_budgets(sweep: Path):
+    run = sweep / "depth-2-s0"
+    results = Results.read(run)
+    assert results.cost == COST
+    replace(results, cost=replace(COST, parameters=7)).write(run)
+    rows = null_report.cell_rows(null_report.read_sweep(sweep))
+    assert [row["parameters"] for row in rows] == ["1,000", "1,000", "7"]

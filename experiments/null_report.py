@@ -92,11 +92,10 @@ class Sweep:
         return sorted(cells, key=lambda cell: cell[0] != BASELINE)
 
     def scores(self, factor: str, level: str, region: str) -> np.ndarray:
-        """Dice (seeds, cases) of a cell."""
-        column = f"dice_{region}"
-        return np.array(
-            [[run.scores[case][column] for case in self.cases] for run in self.of(factor, level)]
-        )
+        """Dice (seeds, cases) of a cell; no seeds where none is finished."""
+        column, runs = f"dice_{region}", self.of(factor, level)
+        scores = [[run.scores[case][column] for case in self.cases] for run in runs]
+        return np.array(scores).reshape(len(runs), len(self.cases))
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -168,12 +167,14 @@ def read_curve(run: Path) -> np.ndarray:
 
 
 def compare_all(sweep: Sweep) -> dict[tuple[str, str, str], "Comparison"]:
-    """(factor, level, region) -> its comparison with the baseline; one family of tests."""
+    """(factor, level, region) -> its comparison with the baseline; one family, as planned."""
     from experiments.statistics import adjust, compare
 
+    # The missing ones too: a verdict must not weaken when the rest of its family comes in.
+    missing = [(cell["factor"], str(cell["level"])) for cell in sweep.missing]
     keys = [
         (factor, level, region)
-        for factor, level in sweep.levels()
+        for factor, level in dict.fromkeys([*sweep.levels(), *missing])
         if factor != BASELINE
         for region in sweep.margin
     ]
@@ -258,7 +259,11 @@ def run_rows(sweep: Sweep, output: Path) -> list[dict[str, str]]:
 
 
 def forest_figure(sweep: Sweep, comparisons: dict[tuple[str, str, str], "Comparison"]) -> "Figure":
-    """Differences of Dice with their intervals, the margin shaded, a panel for every region."""
+    """Differences of Dice with their intervals, the margin shaded, a panel for every region.
+
+    Thin: the interval that the test of difference asks to leave out 0. Thick: that which the test
+    of equivalence asks to lie within the margin. Both before Holm's correction.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -271,13 +276,14 @@ def forest_figure(sweep: Sweep, comparisons: dict[tuple[str, str, str], "Compari
         for place, (factor, level) in enumerate(cells):
             found = comparisons[factor, level, region]
             colour = VERDICT_COLOURS[found.verdict]
-            ax.plot([found.low, found.high], [place, place], color=colour, lw=2)
+            ax.plot([found.low, found.high], [place, place], color=colour, lw=1)
+            ax.plot([found.tost_low, found.tost_high], [place, place], color=colour, lw=3)
             ax.plot(found.difference, place, "o", color=colour, ms=5)
         ax.set_title(f"{region}, margin ± {margin:g}")
         ax.set_xlabel("Dice, level minus baseline")
         ax.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(cells)), [f"{factor} = {level}" for factor, level in cells])
-    axes[0].set_ylim(len(cells) - 0.5, -0.5)
+    axes[0].set_ylim(max(len(cells), 1) - 0.5, -0.5)
     handles = [Line2D([], [], marker="o", color=c, label=v) for v, c in VERDICT_COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -329,7 +335,8 @@ def summary(sweep: Sweep, comparisons: dict[tuple[str, str, str], "Comparison"])
         f"{sweep.stated}, before the first run.",
         '"Different": the difference is not 0. "Equivalent": it is smaller than the margin, '
         'whichever its sign. "Undecided": these cases and seeds can say neither. Intervals, of '
-        f"{1 - sweep.alpha:.0%}, are over cases and seeds.",
+        f"{1 - sweep.alpha:.0%}, are over cases and seeds (thick in the figure: of "
+        f"{1 - 2 * sweep.alpha:.0%}), before the correction.",
     ]
 
 
@@ -355,7 +362,10 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     if comparisons:
         write_csv(output / "null_report.csv", comparison_rows(comparisons))
     forest.savefig(output / "forest.png", dpi=120)
-    missing = [f"{cell['factor']}={cell['level']} seed={cell['seed']}" for cell in sweep.missing]
+    missing = [
+        f"{cell['factor']}={cell['level']} seed={cell['seed']} ({cell['run']})"
+        for cell in sweep.missing
+    ]
     parts = [
         "# Null report",
         *summary(sweep, comparisons),

@@ -8,10 +8,10 @@ Hillis, "A marginal-mean ANOVA approach for analyzing multireader multicase radi
 data", Stat Med 33 (2014) 330-360, doi 10.1002/sim.5926.
 
 All but Wilcoxon's test and the median rests on means and a t distribution, so on scores whose mean
-says something, as Dice does, and an HD95 of 373 mm for an empty mask does not. In simulations errors of
-nominally 5 % are at most 5 % where seeds vary alike in both arms. They reach 7 % with three seeds,
-30 cases and one arm whose seeds all agree (Welch's test does so too), and more than 10 % where the
-scores of one arm alone are strongly skewed and seeds hardly matter.
+says something, as Dice does, and an HD95 of 373 mm for an empty mask does not. In simulations
+errors of nominally 5 % stay at 5 % or below where seeds vary alike in both arms. They reach 7 %
+with 3 seeds, 30 cases and one arm whose seeds all agree (Welch's test does so too), and more than
+10 % where the scores of one arm alone are strongly skewed and seeds hardly matter.
 """
 
 from collections.abc import Sequence

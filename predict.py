@@ -16,8 +16,9 @@ from errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from datamodules.cache import Volume
+    from datamodules.cache import Preprocessing, Volume
     from datamodules.cases import Case, DataSet
+    from datamodules.sampling import Inputs
     from lightning_modules.inference import Ensemble
     from lightning_modules.operating_point import OperatingPoint
 
@@ -46,7 +47,8 @@ class Predictor:
     Attributes:
         ensemble: One network or more.
         data_set: What the networks were trained on: modalities, regions, labels.
-        spacing_mm: Of the volumes that the networks see.
+        preprocessing: Of the volumes that the networks see.
+        inputs: What they see of them.
         point: Thresholds and least volumes of the regions.
         networks: What tells the ensemble from others: its checkpoints, whether it flips.
         precision: Of the ensemble, by its name.
@@ -58,7 +60,8 @@ class Predictor:
 
     ensemble: "Ensemble"
     data_set: "DataSet"
-    spacing_mm: float
+    preprocessing: "Preprocessing"
+    inputs: "Inputs"
     point: "OperatingPoint"
     networks: Mapping[str, Any]
     precision: str = "32"
@@ -76,6 +79,7 @@ class Predictor:
         """
         import torch
 
+        from datamodules.cache import Preprocessing
         from lightning_modules.checkpoint import build, find, fingerprint, load_ensemble
 
         paths = find(given["checkpoint"])
@@ -87,13 +91,16 @@ class Predictor:
         flip_axes = (0, 1, 2) if given["flips"] else ()
         ensemble, config = load_ensemble(paths, flip_axes, getattr(torch, precision))
         data_set = build(config["data"]["data_set"])
+        trained_on: Preprocessing = build(config["data"]["cache"]).preprocessing
         threshold = float(ensemble.members[0].threshold)  # pyright: ignore[reportArgumentType]
         networks = {"checkpoint": [fingerprint(path) for path in paths], "flips": given["flips"]}
         point = operating_point(given["thresholds"], data_set.regions, threshold, networks)
         return cls(
             ensemble=ensemble,
             data_set=data_set,
-            spacing_mm=config["data"]["cache"]["spacing_mm"],
+            # All of the brain, whatever crop the patches of the training came from.
+            preprocessing=Preprocessing(trained_on.spacing_mm, "brain", trained_on.extras),
+            inputs=build(config["data"]["sampler"]).inputs,
             point=point,
             networks=networks,
             precision=str(given["precision"]),
@@ -102,6 +109,11 @@ class Predictor:
             pictures=given["pictures"],
             again=given["again"],
         )
+
+    @property
+    def spacing_mm(self) -> float:
+        """Edge of a voxel of the volumes that the networks see."""
+        return self.preprocessing.spacing_mm
 
     def at(self, point: "OperatingPoint") -> "Predictor":
         """The same networks at other thresholds."""
@@ -154,11 +166,10 @@ class Predictor:
         """A case on the grid that the networks see, and probabilities (R, X, Y, Z) there."""
         import torch
 
-        from datamodules.cache import Preprocessing
+        from datamodules.sampling import whole
 
-        # All of the brain, whatever crop the patches of the training came from.
-        volume = Preprocessing(self.spacing_mm, crop="brain")(case, self.data_set)
-        image = torch.from_numpy(volume.image).float()[None]
+        volume = self.preprocessing(case, self.data_set)
+        image = torch.from_numpy(whole(volume.image, self.inputs)).float()[None]
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,7 +213,8 @@ class Predictor:
                 name: dict(zip(regions, by_region, strict=True))
                 for name, by_region in masks.items()
             }
-            figure = draw_case(volume.image[-1].astype("float32"), rows, title)
+            last = volume.image[len(data_set.modalities) - 1]  # extras stand behind it
+            figure = draw_case(last.astype("float32"), rows, title)
             figure.savefig(output / f"{case.name}.png", dpi=80)
         return title
 

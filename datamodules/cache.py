@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from scipy import ndimage
@@ -35,17 +36,37 @@ class Volume:
 
     Attributes:
         image: (C, X, Y, Z) float16: mean 0 and standard deviation 1 in each modality's foreground,
-            exactly 0 outside it.
+            exactly 0 outside it. Behind the modalities come the channels of the extras.
         labels: (X, Y, Z) uint8, canonical; zeros where the case has no mask.
         affine: (4, 4), voxel of these arrays to mm, RAS.
         outside: Canonical label -> number of its voxels, at this spacing, that the crop cut away.
             They are missed by every prediction, and counted as such.
+        extras: What each extra has found beside its channels, as JSON, by the extra's name.
     """
 
     image: np.ndarray
     labels: np.ndarray
     affine: np.ndarray
     outside: Mapping[int, int]
+    extras: Mapping[str, Mapping[str, Any]]
+
+
+class Extra(Protocol):
+    """Channels beyond the modalities, computed from the whole brain, before it is cropped."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that determines the channels beside the case, as JSON."""
+        ...
+
+    def __call__(
+        self, name: str, images: Mapping[str, np.ndarray], affine: np.ndarray
+    ) -> tuple[np.ndarray, Mapping[str, Any]]:
+        """Channels (E, X, Y, Z) of a case, 0 where there is nothing to say, and facts, as JSON.
+
+        The images (X, Y, Z) are by modality, in their own units, 0 outside the brain.
+        """
+        ...
 
 
 class Preprocessing:
@@ -55,12 +76,18 @@ class Preprocessing:
         spacing_mm: Edge of a voxel.
         crop: "brain" for the bounding box of the brain, or the extent in mm of a box centred on
             it, padded with 0 where it reaches beyond the scan, so that all cases have one shape.
+        extras: Further channels, by name.
 
     Raises:
         InputError: Anything else; when called, files that cannot be used.
     """
 
-    def __init__(self, spacing_mm: float, crop: Literal["brain"] | Sequence[float]) -> None:
+    def __init__(
+        self,
+        spacing_mm: float,
+        crop: Literal["brain"] | Sequence[float],
+        extras: Mapping[str, Extra] = MappingProxyType({}),
+    ) -> None:
         if not spacing_mm > 0:
             raise InputError(f"spacing_mm: expected more than 0, found {spacing_mm}")
         if isinstance(crop, str) and crop != "brain":
@@ -74,6 +101,7 @@ class Preprocessing:
             )
         self.spacing_mm = float(spacing_mm)
         self.crop = crop if isinstance(crop, str) else tuple(float(extent) for extent in crop)
+        self.extras = dict(extras)
 
     def __call__(self, case: Case, data_set: DataSet) -> Volume:
         """Preprocess one case; its mask may be None."""
@@ -108,6 +136,17 @@ class Preprocessing:
             mean, deviation = _moments(voxels[foreground], case.images[modality])
             z_scores = (cut(voxels, start, shape) - mean) / deviation
             image[channel] = np.where(cut(foreground, start, shape), z_scores, 0)
+        brains = {
+            modality: _above_background(voxels, foreground)
+            for modality, voxels, foreground in zip(
+                data_set.modalities, images, foregrounds, strict=True
+            )
+            if self.extras
+        }
+        facts = {}
+        for name, extra in self.extras.items():
+            channels, facts[name] = extra(case.name, brains, affine)
+            image = np.concatenate([image, cut(channels, start, shape).astype(np.float16)])
         inside = cut(labels, start, shape)
         offset = np.eye(4)
         offset[:3, 3] = start
@@ -119,6 +158,7 @@ class Preprocessing:
                 int(label): int((labels == label).sum() - (inside == label).sum())
                 for label in np.unique(labels[labels > 0])
             },
+            extras=facts,
         )
 
     def _box(self, brain: np.ndarray, case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -234,6 +274,12 @@ def _foreground(image: np.ndarray) -> np.ndarray:
     return foreground
 
 
+def _above_background(voxels: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+    """The image with 0 around the brain, and no tissue darker than that (z-scored on disk)."""
+    darkest = min(0, voxels.min(initial=0, where=foreground))
+    return np.where(foreground, voxels - darkest, 0)
+
+
 def _moments(voxels: np.ndarray, path: Path) -> tuple[float, float]:
     """Mean and standard deviation of a modality's foreground."""
     if voxels.size:
@@ -243,7 +289,9 @@ def _moments(voxels: np.ndarray, path: Path) -> tuple[float, float]:
     raise InputError(f"{path}: expected different values in the brain, found one or no brain")
 
 
-def cut(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+def cut(
+    volume: np.ndarray, start: Sequence[int] | np.ndarray, size: Sequence[int] | np.ndarray
+) -> np.ndarray:
     """A copy of a box of (..., X, Y, Z), zero (background) where it reaches beyond the volume."""
     inside, target = [], []
     for first, side, extent in zip(start, size, volume.shape[-3:], strict=True):
@@ -398,6 +446,7 @@ class Cache:
         spacing_mm: As in `Preprocessing`.
         crop: As in `Preprocessing`.
         workers: Cases at a time; by default one per core that this process may use, at most 8.
+        extras: As in `Preprocessing`.
     """
 
     def __init__(
@@ -406,23 +455,27 @@ class Cache:
         spacing_mm: float,
         crop: Literal["brain"] | Sequence[float],
         workers: int | None = None,
+        extras: Mapping[str, Extra] = MappingProxyType({}),
     ) -> None:
         self.root = Path(root)
-        self.preprocessing = Preprocessing(spacing_mm, crop)
+        self.preprocessing = Preprocessing(spacing_mm, crop, extras)
         self.workers = workers or min(8, _available_cores())
 
     def key(self, data_set: DataSet) -> str:
         """Name of the folder for a data set's cases."""
-        determining = json.dumps(
-            {
-                "version": VERSION,
-                "spacing_mm": self.preprocessing.spacing_mm,
-                "crop": self.preprocessing.crop,
-                "modalities": list(data_set.modalities),
-                "labels": type(data_set).__name__,
-            }
-        )
-        return hashlib.sha256(determining.encode()).hexdigest()[:12]
+        determining: dict[str, Any] = {
+            "version": VERSION,
+            "spacing_mm": self.preprocessing.spacing_mm,
+            "crop": self.preprocessing.crop,
+            "modalities": list(data_set.modalities),
+            "labels": type(data_set).__name__,
+        }
+        # By their names: without any, the key is that of a cache that knew of none.
+        determining |= {
+            f"extras.{name}": dict(extra.settings)
+            for name, extra in self.preprocessing.extras.items()
+        }
+        return hashlib.sha256(json.dumps(determining).encode()).hexdigest()[:12]
 
     def build(self, cases: Sequence[Case], data_set: DataSet) -> list[CachedCase]:
         """The cases in the given order, preprocessed where that is still to do.
@@ -492,6 +545,7 @@ class Cache:
                         "sources": sources,
                         "affine": volume.affine.tolist(),
                         "outside": volume.outside,
+                        "extras": volume.extras,
                     }
                     (partial / "case.json").write_text(json.dumps(facts, indent=1) + "\n")
                     shutil.rmtree(final, ignore_errors=True)

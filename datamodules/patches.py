@@ -15,9 +15,9 @@ import torch
 import torchio as tio
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.cache import Cache, CachedCase
+from datamodules.cache import Cache, CachedCase, cut
 from datamodules.cases import Case, DataSet, Split
-from datamodules.sampling import BalancedSampler, as_subject
+from datamodules.sampling import BalancedSampler, Inputs, as_subject, whole
 from errors import InputError
 
 PatchKey = tuple[int, int]  # epoch, index
@@ -26,9 +26,12 @@ PatchKey = tuple[int, int]  # epoch, index
 class Volumes(Dataset[dict[str, Any]]):
     """Whole preprocessed volumes: `image`, `mask`, `outside`, `case`, `index`."""
 
-    def __init__(self, cases: Sequence[CachedCase], data_set: DataSet) -> None:
+    def __init__(
+        self, cases: Sequence[CachedCase], data_set: DataSet, inputs: Inputs = cut
+    ) -> None:
         self.cases = cases
         self.data_set = data_set
+        self.inputs = inputs
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -36,7 +39,7 @@ class Volumes(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         case = self.cases[index]
         return {
-            "image": torch.from_numpy(case.image.astype(np.float32)),
+            "image": torch.from_numpy(whole(case.image, self.inputs).astype(np.float32)),
             "mask": torch.from_numpy(self.data_set.to_regions(case.labels)),
             "outside": torch.from_numpy(self.outside(case)),
             "case": case.name,
@@ -258,7 +261,8 @@ class PatchDataModule(pl.LightningDataModule):
 
     def _whole(self, cases: Sequence[Case]) -> DataLoader[Any]:
         # A volume is a copy from the page cache: not worth a process and its memory.
-        return DataLoader(Volumes(self.cache.build(cases, self.data_set), self.data_set))
+        cached = self.cache.build(cases, self.data_set)
+        return DataLoader(Volumes(cached, self.data_set, self.sampler.inputs))
 
 
 def _seed(*numbers: int) -> int:

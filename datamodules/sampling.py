@@ -1,6 +1,6 @@
 """Which patches a network sees: how many have a lesion, where they lie, how they are scaled."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +12,24 @@ from torch import Tensor
 from torchio.data import PatchSampler
 
 from datamodules.cache import CachedCase, cut
+
+# Cuts a box, first voxel and sides, out of a case (C, X, Y, Z): the channels that a network sees.
+Inputs = Callable[[np.ndarray, Sequence[int], Sequence[int]], np.ndarray]
+
+
+def cut_with_mirrored(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """A box of (C, X, Y, Z), and the one opposite, flipped onto it: (2 C, *size) (section 2.3).
+
+    Opposite across the volume's own middle plane, x to X - 1 - x: the cache centres its volumes on
+    the brain's bounding box, so this is the mid-sagittal plane as far as a head lies straight.
+    Cut together, the two are scaled and flipped together.
+    """
+    return np.concatenate([cut(volume, start, size), cut(volume[:, ::-1], start, size)])
+
+
+def whole(volume: np.ndarray, inputs: Inputs) -> np.ndarray:
+    """All of a case as a network sees it: any box of this is the box that `inputs` cuts."""
+    return inputs(volume, (0, 0, 0), volume.shape[1:])
 
 
 class Patch(NamedTuple):
@@ -44,6 +62,7 @@ class BalancedSampler(PatchSampler):
             loss sees, or the whole "patch".
         uniform_over: "voxels" draws large lesions more often, in proportion to their volume;
             "lesions" draws a lesion, then one of its voxels.
+        inputs: Cuts the image: `cut`, or `cut_with_mirrored` for the other hemisphere beside it.
     """
 
     SCALED_ATTEMPTS = 10
@@ -58,6 +77,7 @@ class BalancedSampler(PatchSampler):
         halo: int = 0,
         region: Literal["output", "patch"] = "output",
         uniform_over: Literal["voxels", "lesions"] = "voxels",
+        inputs: Inputs = cut,
     ) -> None:
         super().__init__(patch_size if isinstance(patch_size, int) else tuple(patch_size))  # pyright: ignore
         if not 0 <= lesion_share <= 1:
@@ -82,6 +102,7 @@ class BalancedSampler(PatchSampler):
         self.halo = halo
         self.margin = halo if region == "output" else 0  # around what may contain a lesion
         self.uniform_over = uniform_over
+        self.inputs = inputs
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -196,7 +217,7 @@ class BalancedSampler(PatchSampler):
         self, image: np.ndarray, labels: np.ndarray, start: tuple[int, int, int], scale: float
     ) -> Patch:
         size, _ = self._box(scale, self.halo)
-        box_image = torch.from_numpy(cut(image, start, size)).float()
+        box_image = torch.from_numpy(self.inputs(image, start, size)).float()
         box_labels = torch.from_numpy(cut(labels, start, size))
         if size == self.size:
             return Patch(box_image, box_labels)

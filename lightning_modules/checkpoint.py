@@ -17,7 +17,11 @@ from lightning_modules.results import Results, is_finished
 CONFIG_KEY = "config"
 
 # What the networks of an ensemble must have in common.
-SHARED = {"data_set": ("modalities", "regions"), "cache": ("spacing_mm",)}
+SHARED = {
+    "data_set": ("modalities", "regions"),
+    "cache": ("spacing_mm", "extras"),
+    "sampler": ("inputs",),
+}
 
 
 class Loaded(NamedTuple):

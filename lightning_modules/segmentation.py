@@ -155,7 +155,8 @@ class AutoencoderModule(SegmentationModule):
     """Adds reconstruction and divergence (equation 4) to the loss in training.
 
     Validation has the terms of the regions alone: it runs on whole volumes, where there is no
-    autoencoder.
+    autoencoder. Reconstructed is all that the network is given, the "real input image" of
+    equation 2, similarity and mirrored patch too: each channel counts as much as a modality.
 
     Args:
         l2_weight: Weight of the mean squared reconstruction error.

@@ -67,7 +67,7 @@ def test_every_option_builds(composed: Compose, group: str, option: str):
     optimizer = module.configure_optimizers()["optimizer"]
     assert optimizer.param_groups[0]["lr"] > 0
     instantiate(config.data, _convert_="all")
-    image = torch.randn(1, len(config.data.data_set.modalities), 16, 16, 16)
+    image = torch.randn(1, config.model.in_channels, 16, 16, 16)
     with torch.no_grad():
         assert module(image).shape == (1, config.model.out_channels, 16, 16, 16)
 

@@ -1,0 +1,122 @@
+"""The mirrored patch: every voxel of it comes from where it should, in training and inference."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchio as tio
+from torch import Tensor, nn
+
+from datamodules.brats import BraTS
+from datamodules.cache import Cache, cut
+from datamodules.patches import PatchQueue, Volumes
+from datamodules.sampling import BalancedSampler, cut_with_mirrored, whole
+from lightning_modules.inference import Ensemble, SlidingWindow
+from tests.conftest import write_brats
+
+
+def numbered(shape: tuple[int, ...], channels: int = 2) -> np.ndarray:
+    """(C, X, Y, Z) without two equal voxels, none of them 0: nothing in it is symmetric."""
+    return 1 + np.arange(channels * np.prod(shape), dtype=np.float32).reshape(channels, *shape)
+
+
+@pytest.mark.parametrize("side", [6, 7])
+@pytest.mark.parametrize("start", [(0, 0, 0), (3, 1, 2), (-2, -1, 0), (4, 2, 3)])
+def test_each_voxel_is_the_one_opposite(side: int, start: tuple[int, int, int]):
+    """By the definition, voxel by voxel: inside, at borders and beyond them."""
+    volume, size = numbered((side, 5, 6)), (4, 3, 4)
+    patch = cut_with_mirrored(volume, start, size)
+    assert patch.shape == (4, *size)
+    np.testing.assert_array_equal(patch[:2], cut(volume, start, size))
+    for index in np.ndindex(size):
+        x, y, z = np.add(start, index)
+        inside = 0 <= x < side and 0 <= y < 5 and 0 <= z < 6
+        expected = volume[:, side - 1 - x, y, z] if inside else 0
+        np.testing.assert_array_equal(patch[(slice(2, None), *index)], expected)
+
+
+@pytest.mark.parametrize("side", [6, 7])
+def test_the_mirrored_patch_is_the_opposite_patch_turned_round(side: int):
+    """As the paper puts it: the patch at the mirrored position, flipped onto the patch."""
+    volume, start, size = numbered((side, 5, 6)), (1, 1, 1), (2, 3, 4)
+    opposite = (side - start[0] - size[0], *start[1:])
+    expected = cut(volume, opposite, size)[:, ::-1]
+    np.testing.assert_array_equal(cut_with_mirrored(volume, start, size)[2:], expected)
+
+
+@pytest.mark.parametrize("side", [10, 11])
+def test_any_box_of_the_whole_is_the_box_itself(side: int):
+    volume = numbered((side, 9, 8))
+    everything = whole(volume, cut_with_mirrored)
+    for start in product((-2, 0, side - 5), (0, 3), (0,)):
+        box = cut_with_mirrored(volume, start, (6, 5, 8))
+        np.testing.assert_array_equal(cut(everything, start, (6, 5, 8)), box)
+
+
+@pytest.mark.parametrize("scale", [0.8, 1.0, 1.3])
+@pytest.mark.parametrize("side", [20, 21])
+def test_scaled_patches_show_both_sides_at_the_same_scale(scale: float, side: int):
+    """x as an image: its mirror image is X - 1 - x, exactly, whatever linear resampling does."""
+    image = np.broadcast_to(
+        np.arange(side, dtype=np.float32)[None, :, None, None], (1, side, 20, 20)
+    )
+    labels = np.zeros(image.shape[1:], np.uint8)
+    sampler = BalancedSampler(8, lesion_share=0, scale=(scale, scale), inputs=cut_with_mirrored)
+    torch.manual_seed(0)
+    for _ in range(10):
+        own, opposite = sampler.draw(image, labels, np.empty(0, np.int64)).image
+        assert own.std() > 0
+        torch.testing.assert_close(opposite, side - 1 - own)
+
+
+def test_training_patches_are_windows_of_the_whole_volume_after_flips(tmp_path: Path):
+    """Whatever was flipped, both sides were: turned back, the patch lies in the whole volume."""
+    data_set = BraTS(write_brats(tmp_path / "data", cases=2, shape=(15, 12, 12)))
+    cases = Cache(tmp_path / "cache", 1, "brain").build(data_set.cases(), data_set)
+    sampler = BalancedSampler(6, inputs=cut_with_mirrored)
+    flip = tio.RandomFlip(axes=(0, 1, 2), flip_probability=0.5)
+    queue = PatchQueue(cases, data_set, sampler, flip, patches_per_epoch=24, seed=0)
+    volumes = Volumes(cases, data_set, cut_with_mirrored)
+    by_name = {volumes[i]["case"]: volumes[i]["image"] for i in range(2)}
+    assert by_name[cases[0].name].shape[0] == 8
+    flips_seen = set()
+    for index in range(24):
+        patch = queue[0, index]
+        windows = by_name[patch["case"]].unfold(1, 6, 1).unfold(2, 6, 1).unfold(3, 6, 1)
+        for flip_axes in product((0, 1), repeat=3):
+            axes = [axis + 1 for axis in range(3) if flip_axes[axis]]
+            turned = patch["image"].flip(axes)[:, None, None, None]
+            equal = windows == turned
+            own = equal[:4].flatten(4).all(-1).all(0)
+            if own.any() and patch["image"][:4].any():
+                assert equal.flatten(4).all(-1).all(0)[own].all()
+                flips_seen.add(flip_axes)
+                break
+        else:
+            raise AssertionError(f"patch {index} lies nowhere in its case")
+    assert len(flips_seen) > 4
+
+
+class Asymmetry(nn.Module):
+    """Own side less the opposite one: what a network could make of the pair."""
+
+    def segment(self, x: Tensor) -> Tensor:
+        own, opposite = x.chunk(2, dim=1)
+        return own - opposite
+
+
+class Windows(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return SlidingWindow(6, overlap=0.5)(image, Asymmetry())
+
+
+@pytest.mark.parametrize("side", [14, 15])
+def test_windows_and_test_time_flips_keep_the_pair_together(side: int):
+    volume = numbered((side, 9, 10), channels=1)
+    image = torch.from_numpy(whole(volume, cut_with_mirrored))[None]
+    expected = torch.from_numpy(volume - volume[:, ::-1])[None]
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(Windows()(image), expected)
+    torch.testing.assert_close(Ensemble([Windows()], flip_axes=(0, 1, 2))(image), expected)

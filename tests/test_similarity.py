@@ -1,0 +1,267 @@
+"""Registration to the template, the searchlight, and the channel that they make."""
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+import train
+from datamodules.brats import BraTS
+from datamodules.cache import Cache
+from datamodules.similarity import (
+    LEAST_INSIDE,
+    LocalSimilarity,
+    Registration,
+    ball,
+    local_correlation,
+    register,
+    template,
+)
+from errors import InputError
+from predict import Predictor
+from tests.conftest import ROOT, write_brats
+
+Compose = Callable[..., DictConfig]
+SPACING_MM = 4
+AFFINE = np.diag([SPACING_MM, SPACING_MM, SPACING_MM, 1.0])
+
+
+def template_seen_by(to_template: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """The template where a case with this transform would have its brain, in scanner units."""
+    return 1000 * Registration(to_template, overlap=1).template_on(shape, AFFINE)
+
+
+def turned(degrees: float, scale: float, shift_mm: float) -> np.ndarray:
+    """Case to template: turned in the axial plane, scaled, shifted."""
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    to_template = np.eye(4)
+    to_template[:3, :3] = scale * turn
+    centre_mm = np.array([96, 110, 92])  # of the case's grid
+    to_template[:3, 3] = np.array([0, -18, 8]) + shift_mm - to_template[:3, :3] @ centre_mm
+    return to_template
+
+
+TRUTH = turned(degrees=6, scale=1.1, shift_mm=3)
+SHAPE = (48, 56, 46)
+
+
+@pytest.fixture(scope="module")
+def scan() -> np.ndarray:
+    return template_seen_by(TRUTH, SHAPE)
+
+
+@pytest.fixture(scope="module")
+def fitted(scan: np.ndarray) -> Registration:
+    return register(scan, AFFINE)
+
+
+def test_registration_finds_a_known_transform(scan: np.ndarray, fitted: Registration):
+    brain_mm = np.c_[SPACING_MM * np.argwhere(scan > 0), np.ones((scan > 0).sum())]
+    error_mm = np.linalg.norm((brain_mm @ (fitted.to_template - TRUTH).T)[:, :3], axis=1)
+    assert error_mm.mean() < 1.5
+    assert fitted.overlap > 0.9
+    assert not fitted.failed
+    back = fitted.resample(scan, AFFINE, template(4))
+    inside = template(4).voxels > 0
+    assert np.corrcoef(back[inside], template(4).voxels[inside])[0, 1] > 0.85
+
+
+def test_registration_is_seeded(scan: np.ndarray, fitted: Registration):
+    np.testing.assert_allclose(register(scan, AFFINE).to_template, fitted.to_template, atol=1e-3)
+
+
+def test_air_around_the_brain_changes_nothing(scan: np.ndarray, fitted: Registration):
+    moved = AFFINE.copy()
+    moved[:3, 3] = -5 * SPACING_MM
+    found = register(np.pad(scan, 5), moved).to_template
+    np.testing.assert_allclose(found, fitted.to_template, atol=1e-3)
+
+
+def test_the_registered_plane_maps_left_to_right(fitted: Registration):
+    mirrored = fitted.mirrored_voxels(AFFINE)
+    np.testing.assert_allclose(mirrored @ mirrored, np.eye(4), atol=1e-9)
+    to_template = fitted.to_template @ AFFINE
+    voxel = np.array([10.0, 20, 30, 1])
+    here, there = to_template @ voxel, to_template @ mirrored @ voxel
+    np.testing.assert_allclose(there, here * [-1, 1, 1, 1], atol=1e-9)
+
+
+def test_what_is_no_brain_fails():
+    cube = np.zeros((20, 20, 20), np.float32)
+    cube[2:-2, 2:-2, 9:11] = np.random.default_rng(0).uniform(1, 2, (16, 16, 2))
+    assert register(cube, np.eye(4)).failed
+    with pytest.raises(InputError, match="t1: expected a brain, found none"):
+        register(np.zeros((20, 20, 20), np.float32), np.eye(4))
+
+
+def naive(
+    x: np.ndarray, y: np.ndarray, inside: np.ndarray, neighbourhood: np.ndarray
+) -> np.ndarray:
+    """One loop over all voxels, `np.corrcoef` of what lies in the ball and in the mask."""
+    offsets = np.argwhere(neighbourhood) - np.array(neighbourhood.shape) // 2
+    r = np.full(x.shape, np.nan)
+    for voxel in np.argwhere(inside):
+        near = voxel + offsets
+        near = near[((near >= 0) & (near < x.shape)).all(1)]
+        near = near[inside[tuple(near.T)]]
+        a, b = x[tuple(near.T)].astype(np.float64), y[tuple(near.T)].astype(np.float64)
+        if len(near) >= LEAST_INSIDE * len(offsets) and a.std() > 0 and b.std() > 0:
+            r[tuple(voxel)] = np.corrcoef(a, b)[0, 1]
+    return r
+
+
+@pytest.mark.parametrize(
+    ("radius_mm", "spacing_mm"), [(7, (2, 2, 2)), (3.5, (1, 1, 1)), (7, (1.5, 2, 3))]
+)
+def test_searchlight_equals_the_naive_loop(radius_mm: float, spacing_mm: tuple[float, ...]):
+    """At borders, at holes, where an image is constant, with a large offset."""
+    draw = np.random.default_rng(0)
+    x, y = draw.standard_normal((2, 17, 14, 15))
+    y = (0.6 * x + y).astype(np.float32)
+    y[:8, :8] = 0.25
+    inside = np.zeros(x.shape, bool)
+    inside[1:, 2:-1, :-2] = draw.uniform(size=(16, 11, 13)) > 0.2
+    inside[12:, :, 6:] = False
+    inside[15, 4, 12] = True  # alone in its ball, or nearly
+    near = ball(radius_mm, spacing_mm)
+    expected = naive(x, y, inside, near)
+    assert 0 < np.isnan(expected[inside]).sum() < inside.sum() / 2
+    for first in (x, 300 + 20 * x):
+        r = local_correlation(first, y, inside, near)
+        np.testing.assert_array_equal(np.isnan(r), np.isnan(expected))
+        np.testing.assert_allclose(r, expected, atol=1e-6)
+
+
+def test_balls():
+    assert ball(7, (1, 1, 1)).sum() == 1419  # as counted in the notes on real scans
+    assert ball(3.5, (1, 1, 1)).sum() == 179
+    assert ball(7, (2, 2, 2)).sum() == 179
+    assert ball(7, (1, 1, 4)).shape == (15, 15, 3)
+    with pytest.raises(InputError, match="radius_mm: expected more than 0, found 0"):
+        LocalSimilarity(radius_mm=0)
+
+
+@pytest.fixture(scope="module")
+def healthy(scan: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four cases in BraTS layout that are the template, with a tumour on one side."""
+    root = tmp_path_factory.mktemp("healthy")
+    for index in range(4):
+        draw = np.random.default_rng(index)
+        name = f"BraTS2021_{index:05d}"
+        (root / name).mkdir()
+        tumour = np.zeros(SHAPE, np.uint8)
+        tumour[30:37, 20 + 3 * index : 27 + 3 * index, 22:29] = 4
+        tumour[scan == 0] = 0
+        noise = draw.normal(0, 20, SHAPE)
+        for modality in ("t1", "t1ce", "t2", "flair"):
+            voxels = np.where(tumour > 0, draw.uniform(200, 900, SHAPE), scan + noise)
+            voxels = np.where(scan > 0, np.maximum(voxels, 1), 0).astype(np.int16)
+            nib.save(nib.Nifti1Image(voxels, AFFINE), root / name / f"{name}_{modality}.nii.gz")
+        nib.save(nib.Nifti1Image(tumour, AFFINE), root / name / f"{name}_seg.nii.gz")
+    return root
+
+
+def test_the_cache_has_the_channel_only_when_asked(healthy: Path, tmp_path: Path):
+    data_set = BraTS(healthy)
+    plain = Cache(tmp_path, SPACING_MM, "brain")
+    asked = Cache(tmp_path, SPACING_MM, "brain", extras={"similarity": LocalSimilarity(9)})
+    other = Cache(tmp_path, SPACING_MM, "brain", extras={"similarity": LocalSimilarity(7)})
+    # Written down before there were extras: caches of that time stay valid.
+    assert Cache(tmp_path, 2, "brain").key(data_set) == "a70e17424ff0"
+    assert len({cache.key(data_set) for cache in (plain, asked, other)}) == 3
+
+    (bare,) = plain.build(data_set.cases()[:1], data_set)
+    (case,) = asked.build(data_set.cases()[:1], data_set)
+    assert bare.image.shape[0] == 4
+    assert case.image.shape[0] == 5
+    assert case.image.dtype == np.float16
+    np.testing.assert_array_equal(case.image[:4], bare.image)
+
+    channel, brain = case.image[4].astype(np.float64), case.image[0] != 0
+    assert not channel[~brain].any()
+    assert abs(channel[channel != 0].mean()) < 1e-2
+    assert channel[channel != 0].std() == pytest.approx(1, abs=1e-2)
+    tumour = case.labels > 0
+    assert channel[tumour].mean() < -1.5 < channel[brain & ~tumour].mean()
+
+    facts = json.loads((case.folder / "case.json").read_text())["extras"]["similarity"]
+    assert not facts["failed"]
+    assert facts["overlap"] > 0.9
+    assert np.abs(np.array(facts["to_template"]) - TRUTH).max() < 6
+    assert -1 < facts["mean"] < 1
+
+
+def test_the_channel_does_not_depend_on_the_crop(healthy: Path, tmp_path: Path):
+    data_set = BraTS(healthy)
+    extras = {"similarity": LocalSimilarity(9)}
+    (whole,) = Cache(tmp_path, SPACING_MM, "brain", extras=extras).build(
+        data_set.cases()[:1], data_set
+    )
+    (part,) = Cache(tmp_path, SPACING_MM, (80, 80, 80), extras=extras).build(
+        data_set.cases()[:1], data_set
+    )
+    start = np.round((np.linalg.inv(whole.affine) @ part.affine)[:3, 3]).astype(int)
+    box = tuple(slice(first, first + 20) for first in start)
+    np.testing.assert_allclose(part.image[4], whole.image[4][box], atol=5e-3)
+
+
+def test_a_scan_that_does_not_fit_is_named_and_gets_zeros(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    data_set = BraTS(write_brats(tmp_path / "data", cases=1))
+    cache = Cache(tmp_path / "cache", 1, "brain", extras={"similarity": LocalSimilarity()})
+    with caplog.at_level(logging.WARNING):
+        (case,) = cache.build(data_set.cases(), data_set)
+    assert re.search(r"BraTS2021_00000: does not fit the template \(Dice", caplog.text)
+    assert case.image.shape[0] == 5
+    assert not case.image[4].any()
+
+
+def test_similarity_needs_a_t1(healthy: Path, tmp_path: Path):
+    data_set = BraTS(healthy, modalities=("t2", "flair"))
+    cache = Cache(tmp_path, SPACING_MM, "brain", extras={"similarity": LocalSimilarity()})
+    with pytest.raises(InputError, match=r"needs t1 among .*modalities, found t2, flair"):
+        cache.build(data_set.cases(), data_set)
+
+
+def test_a_checkpoint_computes_all_that_its_network_sees(
+    healthy: Path, composed: Compose, tiny: list[str], tmp_path: Path
+):
+    """Training and prediction with both inputs, from files to label maps."""
+    tiny = [value for value in tiny if not value.startswith(("data.data_set", "data.cache.root"))]
+    common = [
+        *tiny,
+        *("logger=csv", "trainer.max_epochs=1", "split.validation=0.25", "split.test=0.25"),
+        *(f"data.data_set.root={healthy}", f"data.cache.root={tmp_path}/cache"),
+        f"data.cache.spacing_mm={SPACING_MM}",
+    ]
+    paths = {}
+    for inputs in ("both", "mirrored"):
+        config = composed(*common, f"inputs={inputs}", f"run_dir={tmp_path}/{inputs}")
+        train.train(config)
+        paths[inputs] = str(Path(config.run_dir) / "best.ckpt")
+
+    def predictor(*checkpoints: str) -> Predictor:
+        values = OmegaConf.merge(
+            OmegaConf.load(ROOT / "conf" / "predict.yaml"),
+            {"checkpoint": list(checkpoints), "device": "cpu", "flips": True},
+        )
+        return Predictor.of(dict(OmegaConf.to_container(values)))
+
+    both = predictor(paths["both"])
+    seen = []
+    network = both.ensemble.members[0].network
+    network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    cases = both.data_set.at(healthy).cases()[:1]
+    assert both(cases, tmp_path / "out") == []
+    assert set(seen) == {10}  # four modalities and their similarity, on both sides
+    assert (tmp_path / "out" / "BraTS2021_00000.nii.gz").is_file()
+    with pytest.raises(InputError, match=r"extras is .* there and .* in .*same input and output"):
+        predictor(paths["both"], paths["mirrored"])

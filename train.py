@@ -146,7 +146,7 @@ def run(config: DictConfig, folder: Path) -> "Results":
     import wandb
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-    from lightning_modules.callbacks import SaveConfig
+    from lightning_modules.callbacks import SaveConfig, summarise_best
     from lightning_modules.checkpoint import check_same_network
     from lightning_modules.cost import Cost
     from lightning_modules.results import (
@@ -180,6 +180,7 @@ def run(config: DictConfig, folder: Path) -> "Results":
     try:
         for logger in trainer.loggers:
             logger.log_hyperparams(plain)
+        summarise_best(trainer)
         with watch("fit"):
             trainer.fit(module, datamodule, ckpt_path=resume)
         epochs = trainer.current_epoch

@@ -178,6 +178,18 @@ class CasePictures(Callback):
                 logger.log_image("test/pictures", [str(path)], caption=[case])
 
 
+def summarise_best(trainer: pl.Trainer) -> None:
+    """Let a run's summary in W&B, and so the table of runs, show its best validation scores.
+
+    By default it is the last: what a run ended with, and not the checkpoint that is tested.
+    """
+    for logger in wandb_loggers(trainer):
+        for metrics, summary in (("val/dice*", "max"), ("val/loss", "min")):
+            logger.experiment.define_metric(
+                metrics, step_metric="trainer/global_step", summary=summary
+            )
+
+
 def wandb_loggers(trainer: pl.Trainer) -> Iterator[WandbLogger]:
     return (logger for logger in trainer.loggers if isinstance(logger, WandbLogger))
 

@@ -22,7 +22,7 @@ from hydra.errors import CompactHydraException
 from PIL import Image
 
 from errors import InputError
-from experiments import null_report
+from experiments import dashboard, null_report
 from hydra_plugins.one_factor_sweeper import add_to_plan, cells
 from lightning_modules.callbacks import SeedEveryStep
 from lightning_modules.cost import Cost
@@ -403,3 +403,15 @@ def test_flops_by_hand():
     cost = Cost.of(network, batch_size=2, channels=4, patch_size=(8, 8, 4))
     assert cost.gflops == pytest.approx(2 * 27 * 4 * 8 * 8 * 8 * 4 / 1e9)
     assert cost.parameters == 27 * 4 * 8
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb-workspaces under Pydantic 2
+def test_the_dashboard_groups_runs_by_factor_and_level(capsys: pytest.CaptureFixture):
+    pytest.importorskip("wandb_workspaces", reason="its extra is missing")
+    assert dashboard.main(["me", "null_report", "--dry-run"]) == 0
+    section = json.loads(capsys.readouterr().out)["spec"]["section"]
+    (runs,) = section["runSets"]
+    assert [key["name"] for key in runs["grouping"]] == ["cell.value.factor", "cell.value.level"]
+    assert runs["filters"]["filters"][0]["value"] == "null_report"
+    names = [part["name"] for part in section["panelBankConfig"]["sections"]]
+    assert names[:2] == ["Scores", "Learning curves"]

@@ -85,6 +85,9 @@ def check_dashboard(folder: Path, norm: str) -> None:
         assert any(key.startswith(name) for key in logged), name
     tested = next(item["test/dice_WT"] for item in history if "test/dice_WT" in item)
     assert tested == pytest.approx(Results.read(folder).metrics["test/dice_WT"])
+    summaries = [record["metric"] for record in found if "metric" in record]
+    best = next(metric for metric in summaries if metric.get("name") == "val/dice_WT")
+    assert best["summary"] == {"max": True}
     config = json.dumps([record["config"] for record in found if "config" in record])
     assert '"bottleneck": 4' in config  # nested, as in the files
     masks = list(folder.glob("wandb/offline-run-*/files/media/images/mask/**/*.png"))

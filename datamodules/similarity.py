@@ -277,6 +277,31 @@ def similarity(
     return local_correlation(t1, healthy, t1 != 0, ball(radius_mm, spacing_mm))
 
 
+def _fit(
+    name: str, images: Mapping[str, np.ndarray], affine: np.ndarray
+) -> tuple[Registration, dict[str, Any]]:
+    """Register a case's T1, and say what came out; in the log, if it does not fit."""
+    if "t1" not in images:
+        raise InputError(
+            f"inputs: registration needs t1 among data.data_set.modalities, found "
+            f"{', '.join(images)}"
+        )
+    registration = register(images["t1"], affine)
+    if registration.failed:
+        logging.warning(
+            "%s: does not fit the template (Dice of the brains %.2f, expected %.2f): what comes "
+            "from there is 0",
+            name,
+            registration.overlap,
+            LEAST_OVERLAP,
+        )
+    return registration, {
+        "to_template": registration.to_template.tolist(),
+        "overlap": registration.overlap,
+        "failed": registration.failed,
+    }
+
+
 @dataclass(frozen=True)
 class LocalSimilarity:
     """The similarity as a channel of the cache: r, "normalized" (section 2.3) as modalities are.
@@ -306,29 +331,41 @@ class LocalSimilarity:
         self, name: str, images: Mapping[str, np.ndarray], affine: np.ndarray
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """The channel (1, X, Y, Z) float32, and the fit and the moments of r."""
-        if "t1" not in images:
-            raise InputError(
-                f"inputs: the similarity needs t1 among data.data_set.modalities, found "
-                f"{', '.join(images)}"
-            )
-        registration = register(images["t1"], affine)
-        facts: dict[str, Any] = {
-            "to_template": registration.to_template.tolist(),
-            "overlap": registration.overlap,
-            "failed": registration.failed,
-        }
+        registration, facts = _fit(name, images, affine)
         channel = np.zeros(images["t1"].shape, np.float32)
         if registration.failed:
-            logging.warning(
-                "%s: does not fit the template (Dice of the brains %.2f, expected %.2f): its "
-                "similarity is left out",
-                name,
-                registration.overlap,
-                LEAST_OVERLAP,
-            )
             return channel[None], facts
         r = similarity(images["t1"], affine, registration, self.radius_mm)
         known = ~np.isnan(r)
         mean, deviation = float(r[known].mean()), float(r[known].std())
         channel[known] = (r[known] - mean) / max(deviation, 1e-6)
         return channel[None], {**facts, "mean": mean, "deviation": deviation}
+
+
+@dataclass(frozen=True)
+class MirroredByTemplate:
+    """The modalities of the opposite hemisphere as channels of the cache, z-scored as these are.
+
+    Opposite across the template's plane: where a head lies askew, this is nearer to the truth than
+    the middle of its box, which `sampling.cut_with_mirrored` takes. Each voxel is the nearest one
+    to its mirror image. A scan that does not fit the template gets channels of 0.
+    """
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "mirrored by the template"}
+
+    def __call__(
+        self, name: str, images: Mapping[str, np.ndarray], affine: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """The channels (C, X, Y, Z) float32, in the order of the modalities, and the fit."""
+        from scipy.ndimage import affine_transform
+
+        registration, facts = _fit(name, images, affine)
+        channels = np.zeros((len(images), *images["t1"].shape), np.float32)
+        if not registration.failed:
+            to_opposite = registration.mirrored_voxels(affine)
+            for channel, image in zip(channels, images.values(), strict=True):
+                standard = _standardised(image, image != 0).astype(np.float32)
+                affine_transform(standard, to_opposite, output=channel, order=0)
+        return channels, facts

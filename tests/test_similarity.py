@@ -10,6 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import nn
 
 import train
 from datamodules.brats import BraTS
@@ -17,6 +19,7 @@ from datamodules.cache import Cache
 from datamodules.similarity import (
     LEAST_INSIDE,
     LocalSimilarity,
+    MirroredByTemplate,
     Registration,
     ball,
     local_correlation,
@@ -24,6 +27,8 @@ from datamodules.similarity import (
     template,
 )
 from errors import InputError
+from experiments.inputs import report
+from lightning_modules import checkpoint
 from predict import Predictor
 from tests.conftest import ROOT, write_brats
 
@@ -150,9 +155,9 @@ def test_balls():
 
 @pytest.fixture(scope="module")
 def healthy(scan: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four cases in BraTS layout that are the template, with a tumour on one side."""
+    """Three cases in BraTS layout that are the template, with a tumour on one side."""
     root = tmp_path_factory.mktemp("healthy")
-    for index in range(4):
+    for index in range(3):
         draw = np.random.default_rng(index)
         name = f"BraTS2021_{index:05d}"
         (root / name).mkdir()
@@ -212,6 +217,32 @@ def test_the_channel_does_not_depend_on_the_crop(healthy: Path, tmp_path: Path):
     np.testing.assert_allclose(part.image[4], whole.image[4][box], atol=5e-3)
 
 
+def test_across_the_template_lies_what_the_template_has_there(healthy: Path, tmp_path: Path):
+    """The head is turned by six degrees: the box's own plane would miss by up to a centimetre."""
+    data_set = BraTS(healthy)
+    extras = {"mirrored": MirroredByTemplate()}
+    cache = Cache(tmp_path, SPACING_MM, "brain", extras=extras)
+    (case,) = cache.build(data_set.cases()[:1], data_set)
+    assert case.image.shape[0] == 8
+    own, opposite = case.image[:4].astype(np.float64), case.image[4:].astype(np.float64)
+    tumour = case.labels > 0
+    shared = (own[0] != 0) & (opposite[0] != 0) & ~tumour
+    across = np.corrcoef(own[0][shared], opposite[0][shared])[0, 1]
+    flipped = case.image[0, ::-1].astype(np.float64)
+    shared &= flipped != 0
+    by_box = np.corrcoef(own[0][shared], flipped[shared])[0, 1]
+    assert across > max(0.8, by_box + 0.1)
+    # A voxel of the tumour stands in the channels at its mirror image, and in all of them.
+    mirrored = Registration(TRUTH, overlap=1).mirrored_voxels(case.affine)
+    voxel = np.argwhere(tumour).mean(0)
+    x, y, z = np.round(mirrored @ [*voxel, 1])[:3].astype(int)
+    around = (slice(x - 1, x + 2), slice(y - 1, y + 2), slice(z - 1, z + 2))
+    inside = tuple(slice(int(at) - 1, int(at) + 2) for at in voxel)
+    for channel in range(4):
+        here = own[channel][inside].mean()
+        assert opposite[channel][around].mean() == pytest.approx(here, abs=0.3)
+
+
 def test_a_scan_that_does_not_fit_is_named_and_gets_zeros(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -238,30 +269,60 @@ def test_a_checkpoint_computes_all_that_its_network_sees(
     tiny = [value for value in tiny if not value.startswith(("data.data_set", "data.cache.root"))]
     common = [
         *tiny,
-        *("logger=csv", "trainer.max_epochs=1", "split.validation=0.25", "split.test=0.25"),
+        *("logger=csv", "trainer.max_epochs=1", "split.validation=0.34", "split.test=0.34"),
         *(f"data.data_set.root={healthy}", f"data.cache.root={tmp_path}/cache"),
         f"data.cache.spacing_mm={SPACING_MM}",
+        "window.patch_size=48",
     ]
-    paths = {}
-    for inputs in ("both", "mirrored"):
-        config = composed(*common, f"inputs={inputs}", f"run_dir={tmp_path}/{inputs}")
-        train.train(config)
-        paths[inputs] = str(Path(config.run_dir) / "best.ckpt")
-
-    def predictor(*checkpoints: str) -> Predictor:
-        values = OmegaConf.merge(
-            OmegaConf.load(ROOT / "conf" / "predict.yaml"),
-            {"checkpoint": list(checkpoints), "device": "cpu", "flips": True},
-        )
-        return Predictor.of(dict(OmegaConf.to_container(values)))
-
-    both = predictor(paths["both"])
+    config = composed(*common, "inputs=both", f"run_dir={tmp_path}/run")
+    train.train(config)
+    values = OmegaConf.merge(
+        OmegaConf.load(ROOT / "conf" / "predict.yaml"),
+        {"checkpoint": [f"{tmp_path}/run/best.ckpt"], "device": "cpu"},
+    )
+    predictor = Predictor.of(dict(OmegaConf.to_container(values)))
     seen = []
-    network = both.ensemble.members[0].network
-    network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    cases = both.data_set.at(healthy).cases()[:1]
-    assert both(cases, tmp_path / "out") == []
-    assert set(seen) == {10}  # four modalities and their similarity, on both sides
+    network = predictor.ensemble.members[0].network
+    network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert predictor(predictor.data_set.at(healthy).cases()[:1], tmp_path / "out") == []
+    assert {x.shape[1] for x in seen} == {10}  # four modalities, their similarity; on both sides
+    assert all(x[:, [4, 9]].any() for x in seen)
     assert (tmp_path / "out" / "BraTS2021_00000.nii.gz").is_file()
-    with pytest.raises(InputError, match=r"extras is .* there and .* in .*same input and output"):
-        predictor(paths["both"], paths["mirrored"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "key"),
+    [
+        ("modalities", "similarity", "extras"),
+        ("modalities", "mirrored", "inputs"),
+        ("similarity", "both", "inputs"),
+        ("mirrored", "mirrored_by_template", "extras"),
+    ],
+)
+def test_an_ensemble_has_one_input(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, first: str, second: str, key: str
+):
+    def of_choice(path: str) -> checkpoint.Loaded:
+        config = OmegaConf.to_container(composed(f"inputs={path}").data)
+        return checkpoint.Loaded(nn.Identity(), {"data": config})
+
+    monkeypatch.setattr(checkpoint, "load", of_choice)
+    checkpoint.load_ensemble([second, second])
+    with pytest.raises(InputError, match=rf"^{second}: {key} is .* same input and output"):
+        checkpoint.load_ensemble([first, second])
+
+
+def test_figure_2_shows_that_the_tumour_is_unlike_a_healthy_brain(
+    healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    report(healthy, tmp_path / "figure_2.png", cases=1, radius_mm=9)
+    with Image.open(tmp_path / "figure_2.png") as figure:
+        assert figure.width > 1000
+    header, _, row = capsys.readouterr().out.splitlines()[:3]
+    values = dict(zip(header.split(" | ")[1:], row.split(" | ")[1:], strict=True))
+    tumour = float(values["r in the tumour"])
+    assert tumour < 0.4 < float(values["mirrored place"])
+    assert tumour < 0.4 < float(values["by the template's plane"])
+    assert 4 < float(values["tilt (degrees)"]) < 8  # six were asked for
+    with pytest.raises(InputError, match="no case found"):
+        report(tmp_path, tmp_path / "figure_2.png", cases=1, radius_mm=9)

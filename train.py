@@ -62,6 +62,8 @@ OmegaConf.register_new_resolver("run_id", run_id, replace=True)
 OmegaConf.register_new_resolver("len", len, replace=True)
 OmegaConf.register_new_resolver("basename", os.path.basename, replace=True)
 OmegaConf.register_new_resolver("min", min, replace=True)
+OmegaConf.register_new_resolver("sum", lambda *terms: sum(terms), replace=True)
+OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), replace=True)
 
 
 USER_ERRORS = (InputError, FloatingPointError, InstantiationException)

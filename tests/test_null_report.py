@@ -363,6 +363,7 @@ def test_the_null_report_has_the_axes_of_the_paper(composed: Callable):
         "norm": "group,batch",
         "activation": "leaky_relu,relu",
         "region_weights": "equal,whole,enhancing",
+        "inputs": "modalities,similarity,mirrored,both",
     }
 
 

@@ -60,9 +60,19 @@ DETECTION = {
     "python -m experiments.detection runs/detection",
     "python train.py experiment=krivov2018 data.data_set.root=METASTASES",
 }
+# test_null_report.py runs such a sweep, kills it, and runs it again.
+NULL_REPORT = {
+    "python train.py experiment=null_report",
+    "python -m experiments.null_report runs/null_report",
+    "python train.py experiment=norm seed=0,1,2,3,4",
+    "python train.py experiment=null_report data=brats data.data_set.root=FOLDER",
+    "python train.py experiment=inputs",
+}
+# test_similarity.py draws a brain that fits the template.
+FIGURE_2 = {c for c in COMMANDS if "experiments.inputs" in c}
 # One after the other, below.
 EVALUATION = [command for command in COMMANDS if "frey2019" in command or "=segmented" in command]
-ELSEWHERE = {SWEEP, *DETECTION, *EVALUATION}
+ELSEWHERE = {SWEEP, *DETECTION, *NULL_REPORT, *FIGURE_2, *EVALUATION}
 
 
 @pytest.mark.parametrize(

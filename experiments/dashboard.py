@@ -2,8 +2,8 @@
 
 `python -m experiments.dashboard ENTITY null_report` groups the runs of `runs/null_report` by factor
 and level and saves a view of the project: scores, learning curves, losses, slices. It needs
-`pip install -e '.[dashboard]'`, a login, and runs that were synced; `--dry-run` needs none of it but
-the first, and prints the view.
+`pip install -e '.[dashboard]'`, a login, and runs that were synced; `--dry-run` needs the first
+alone, and prints the view.
 """
 
 import argparse

@@ -182,7 +182,7 @@ def run(config: DictConfig, folder: Path) -> "Results":
     try:
         for logger in trainer.loggers:
             logger.log_hyperparams(plain)
-        summarise_best(trainer)
+        summarise_best(trainer, module.loss.regions)
         with watch("fit"):
             trainer.fit(module, datamodule, ckpt_path=resume)
         epochs = trainer.current_epoch

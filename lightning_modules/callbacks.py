@@ -4,7 +4,7 @@ import csv
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,15 +178,17 @@ class CasePictures(Callback):
                 logger.log_image("test/pictures", [str(path)], caption=[case])
 
 
-def summarise_best(trainer: pl.Trainer) -> None:
+def summarise_best(trainer: pl.Trainer, regions: Iterable[str]) -> None:
     """Let a run's summary in W&B, and so the table of runs, show its best validation scores.
 
-    By default it is the last: what a run ended with, and not the checkpoint that is tested.
+    By default it is the last: what a run ended with, and not the checkpoint that is tested. By
+    name: of two patterns, Lightning's `*` would win.
     """
+    scores = {"val/dice": "max", **{f"val/dice_{region}": "max" for region in regions}}
     for logger in wandb_loggers(trainer):
-        for metrics, summary in (("val/dice*", "max"), ("val/loss", "min")):
+        for metric, summary in {**scores, "val/loss": "min"}.items():
             logger.experiment.define_metric(
-                metrics, step_metric="trainer/global_step", summary=summary
+                metric, step_metric="trainer/global_step", summary=summary
             )
 
 

@@ -88,6 +88,8 @@ def check_dashboard(folder: Path, norm: str) -> None:
     summaries = [record["metric"] for record in found if "metric" in record]
     best = next(metric for metric in summaries if metric.get("name") == "val/dice_WT")
     assert best["summary"] == {"max": True}
+    update = next(r["summary"]["update"] for r in found if "val/dice_WT" in str(r.get("summary")))
+    assert set(update["val/dice_WT"]) == {"max"}
     config = json.dumps([record["config"] for record in found if "config" in record])
     assert '"bottleneck": 4' in config  # nested, as in the files
     masks = list(folder.glob("wandb/offline-run-*/files/media/images/mask/**/*.png"))

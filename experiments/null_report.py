@@ -11,7 +11,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -279,6 +279,11 @@ def forest_figure(sweep: Sweep, comparisons: dict[tuple[str, str, str], "Compari
             ax.plot([found.low, found.high], [place, place], color=colour, lw=1)
             ax.plot([found.tost_low, found.tost_high], [place, place], color=colour, lw=3)
             ax.plot(found.difference, place, "o", color=colour, ms=5)
+        # One cell of which nothing is known would squeeze all others; its line runs off the panel.
+        found = [comparisons[factor, level, region] for factor, level in cells]
+        reach = [max(abs(c.low), abs(c.high)) for c in found if not np.isnan(c.low)]
+        limit = max(2 * margin, 1.5 * float(np.median(reach))) if reach else 2 * margin
+        ax.set_xlim(-limit, limit)
         ax.set_title(f"{region}, margin ± {margin:g}")
         ax.set_xlabel("Dice, level minus baseline")
         ax.grid(axis="x", alpha=0.3)
@@ -337,7 +342,20 @@ def summary(sweep: Sweep, comparisons: dict[tuple[str, str, str], "Comparison"])
         'whichever its sign. "Undecided": these cases and seeds can say neither. Intervals, of '
         f"{1 - sweep.alpha:.0%}, are over cases and seeds (thick in the figure: of "
         f"{1 - 2 * sweep.alpha:.0%}), before the correction.",
+        f"A difference that would be found four times in five, for half of the levels: "
+        f"{', '.join(detectable(sweep, comparisons)) or 'not known yet'}.",
     ]
+
+
+def detectable(
+    sweep: Sweep, comparisons: dict[tuple[str, str, str], "Comparison"]
+) -> Iterator[str]:
+    """The median over the levels of the smallest detectable difference, by region."""
+    for region in sweep.margin:
+        values = [c.minimum_detectable for key, c in comparisons.items() if key[2] == region]
+        known = [value for value in values if not np.isnan(value)]
+        if known:
+            yield f"{region} {np.median(known):.3f}"
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:

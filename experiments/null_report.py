@@ -22,6 +22,7 @@ from hydra.experimental.callback import Callback  # noqa: TID251  (the hook of a
 
 from errors import InputError
 from experiments.tables import markdown, write_csv
+from hydra_plugins.one_factor_sweeper import BASELINE, PLAN_NAME
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from experiments.statistics import Comparison
     from lightning_modules.results import Results
 
-PLAN_NAME = "plan.json"
-BASELINE = "baseline"
 TEMPLATE = "null_report.html.jinja"
 VERDICT_COLOURS = {"different": "#d1495b", "equivalent": "#2a9d8f", "undecided": "#8d99ae"}
 

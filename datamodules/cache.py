@@ -428,7 +428,9 @@ class CachedCase:
         voxels = np.stack(np.unravel_index(self.lesion, self.labels.shape))
         low, high = voxels.min(1), voxels.max(1) + 1
         box = self.labels[tuple(map(slice, low, high))] > 0
-        numbers = label(box, np.ones((3, 3, 3)))[0][tuple(voxels - low[:, None])]
+        numbers = np.empty(box.shape, np.int32)
+        label(box, np.ones((3, 3, 3)), output=numbers)
+        numbers = numbers[tuple(voxels - low[:, None])]
         return [self.lesion[numbers == number] for number in range(1, numbers.max() + 1)]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def workspace(entity: str, project: str, group: str) -> "Workspace":
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.dashboard", description=__doc__.split("\n")[0]
+        prog="python -m experiments.dashboard",
+        description="Save a view of a sweep's runs in Weights & Biases.",
     )
     parser.add_argument("entity", help="of Weights & Biases: a user or a team")
     parser.add_argument("group", help="the name of the sweep, its folder below runs")

@@ -189,8 +189,10 @@ def peak_mib(module: Any, volume: "torch.Tensor") -> float:  # noqa: ANN401  (an
     ):
         module.logits(image)
     assert p.profiler is not None
+    assert p.profiler.kineto_results is not None
     events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-    steps = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    events.sort(key=lambda event: event.start_ns())
+    steps = [event.nbytes() for event in events]  # pyright: ignore  (PyTorch's stubs lack it)
     return float(np.max(np.cumsum(steps))) / 2**20
 
 

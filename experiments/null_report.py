@@ -446,7 +446,7 @@ class WriteReport(Callback):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.null_report", description=__doc__.split("\n")[0]
+        prog="python -m experiments.null_report", description="What a sweep over factors found."
     )
     parser.add_argument("folder", type=Path, help="of a sweep over factors")
     parser.add_argument("--output", type=Path, help="folder of the report; FOLDER/report")

@@ -58,8 +58,9 @@ class KeepFreedMemory(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if sys.platform == "linux" and trainer.strategy.root_device.type == "cpu":
             mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-            for parameter, value in self.SETTINGS if mallopt else ():
-                mallopt(parameter, value)
+            if mallopt is not None:  # glibc's
+                for parameter, value in self.SETTINGS:
+                    mallopt(parameter, value)
 
 
 class LogSlices(Callback):

@@ -32,6 +32,8 @@ class DetectionModule(SegmentationModule):
         channels_last: Memory layout of network and images.
     """
 
+    loss: SparseCrossEntropy
+
     def __init__(
         self,
         network: nn.Module,

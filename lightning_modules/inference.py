@@ -124,7 +124,7 @@ class ExactTiles:
                 slice(s * self.geometry.stride, s * self.geometry.stride + self.input_side(side))
                 for s, side in zip(start, tile, strict=True)
             ]
-            part = network.segment(padded[(..., *here)])
+            part: Tensor = network.segment(padded[(..., *here)])
             if logits is None:
                 logits = part.new_empty(*part.shape[:2], *grid)
             there = (slice(s, s + side) for s, side in zip(start, tile, strict=True))

@@ -77,7 +77,7 @@ def claimed(folder: Path) -> Iterator[bool]:
     """
     from filelock import FileLock, Timeout
 
-    if rank_zero_only.rank != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         yield True
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -147,6 +147,7 @@ def test_a_run_is_claimed_by_one_process_until_that_dies(tmp_path: Path):
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
+        assert other.stdout is not None
         assert other.stdout.readline() == "1\n"
         with claimed(folder) as mine:
             assert not mine
@@ -374,7 +375,7 @@ def test_the_page_opens_in_a_browser(sweep: Path):
     picture = sweep / "page.png"
     subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], check=True, timeout=120)
     with Image.open(picture) as image:
-        colours = {colour for _, colour in image.convert("RGB").getcolors(2**24)}
+        colours = {colour for _, colour in image.convert("RGB").getcolors(2**24) or ()}
     # The verdicts' colours: the style was applied, the figure drawn.
     assert {(0xD1, 0x49, 0x5B), (0x2A, 0x9D, 0x8F)} <= colours
 

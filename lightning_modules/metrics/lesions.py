@@ -22,8 +22,9 @@ from lightning_modules.networks.dnet import Geometry
 
 EVERY_NEIGHBOUR = np.ones((3, 3, 3), bool)  # 26-connected; scipy's default is 6
 
-# Probabilities at equal steps of the logit, from .0025 to .9975.
-THRESHOLDS = tuple(float(1 / (1 + np.exp(-logit))) for logit in np.linspace(-6, 6, 49))
+# Probabilities at equal steps of the logit, from .018 to .999994: where half of the patches have a
+# lesion in training, networks are too sure of lesions in whole volumes.
+THRESHOLDS = tuple(float(1 / (1 + np.exp(-logit))) for logit in np.linspace(-4, 12, 49))
 
 # What is counted in a case at a threshold.
 COUNTS = (
@@ -35,6 +36,13 @@ COUNTS = (
     "dice",  # sum over the detected lesions: lesion against all components that touch it
 )
 SIZE_BINS_MM = (0.0, 5.0, 10.0, float("inf"))  # diameters
+
+
+def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """26-connected components of a mask (X, Y, Z): numbers from 1 (X, Y, Z), and how many."""
+    numbers = np.empty(mask.shape, np.int32)
+    ndimage.label(mask, EVERY_NEIGHBOUR, output=numbers)
+    return numbers, int(numbers.max(initial=0))
 
 
 class CaseLesions(NamedTuple):
@@ -68,7 +76,7 @@ def match(
         spacing_mm: Edge of a voxel of `truth`.
         thresholds: A voxel is predicted above it.
     """
-    lesion_of, lesions = ndimage.label(truth, EVERY_NEIGHBOUR)
+    lesion_of, lesions = components(truth)
     voxels = np.argwhere(lesion_of)
     lesion = lesion_of[tuple(voxels.T)] - 1
     box = np.ravel_multi_index(tuple((voxels // stride).T), probability.shape)
@@ -78,9 +86,10 @@ def match(
     volume = np.bincount(lesion, overlap, minlength=lesions)
     score = np.zeros(lesions)
     np.maximum.at(score, lesion, probability.ravel()[box])
+    box_voxels = _box_voxels(truth, stride)
     counts = np.stack(
         [
-            _count(probability, level, lesion, box, overlap, volume, _box_voxels(truth, stride))
+            _count(probability, level, lesion, box, overlap, volume, box_voxels)
             for level in thresholds
         ]
     )
@@ -98,18 +107,18 @@ def _count(
     box_voxels: np.ndarray,
 ) -> np.ndarray:
     """COUNTS at one threshold, from the (lesion, box, overlap in voxels) triples of a case."""
-    component_of, components = ndimage.label(probability > threshold, EVERY_NEIGHBOUR)
+    component_of, predictions = components(probability > threshold)
     component = component_of.ravel()[box]
     hit = component > 0
     # Overlap of each lesion with each component.
     table = coo_array(
-        (overlap[hit], (lesion[hit], component[hit] - 1)), shape=(len(volume), components)
+        (overlap[hit], (lesion[hit], component[hit] - 1)), shape=(len(volume), predictions)
     ).tocsr()
     table.sum_duplicates()
     touched_by = np.diff(table.indptr)  # components that touch a lesion
-    touches = np.bincount(table.indices, minlength=components)  # lesions that a component touches
+    touches = np.bincount(table.indices, minlength=predictions)  # lesions that a component touches
     shares = np.array([(touches[table.indices[a:b]] > 1).any() for a, b in _rows(table.indptr)])
-    size = np.bincount(component_of.ravel(), box_voxels.ravel(), minlength=components + 1)[1:]
+    size = np.bincount(component_of.ravel(), box_voxels.ravel(), minlength=predictions + 1)[1:]
     found = touched_by > 0
     predicted = np.array([size[table.indices[a:b]].sum() for a, b in _rows(table.indptr)])
     dice = 2 * table.sum(axis=1)[found] / (volume[found] + predicted[found])
@@ -145,13 +154,13 @@ class LesionReport(NamedTuple):
 
     Attributes:
         thresholds: (T,), rising.
-        index: (N,), places of the cases in the data set, rising.
+        cases: (N,), places of the cases in the data set, rising.
         counts: (N, T, len(COUNTS)).
         lesions: (L, 3): index of the case, diameter in mm, highest probability inside.
     """
 
     thresholds: np.ndarray
-    index: np.ndarray
+    cases: np.ndarray
     counts: np.ndarray
     lesions: np.ndarray
 
@@ -163,7 +172,7 @@ class LesionReport(NamedTuple):
         """
         total = self.counts.sum(0)
         sensitivity = total[:, COUNTS.index(found)] / max(len(self.lesions), 1)
-        return sensitivity, total[:, COUNTS.index("false_positives")] / len(self.index)
+        return sensitivity, total[:, COUNTS.index("false_positives")] / len(self.cases)
 
     def choose(self, target_fp: float) -> float:
         """The threshold that finds most lesions with at most so many false positives a patient.
@@ -189,7 +198,7 @@ class LesionReport(NamedTuple):
         """All scores at one of the thresholds; NaN where there is nothing to score."""
         number = self.number(threshold)
         total = dict(zip(COUNTS, self.counts[:, number].sum(0).tolist(), strict=True))
-        lesions, patients = len(self.lesions), len(self.index)
+        lesions, patients = len(self.lesions), len(self.cases)
         nothing = float("nan")
         by_patient = [
             row[COUNTS.index("detected")] / count
@@ -216,7 +225,7 @@ class LesionReport(NamedTuple):
 
     def lesions_of(self) -> list[int]:
         """How many lesions each case has (N,)."""
-        return [int((self.lesions[:, 0] == index).sum()) for index in self.index]
+        return [int((self.lesions[:, 0] == index).sum()) for index in self.cases]
 
     def rows(self, threshold: float) -> dict[int, dict[str, float]]:
         """What was counted in each case at one of the thresholds, by its index."""
@@ -224,7 +233,7 @@ class LesionReport(NamedTuple):
         return {
             int(index): {"lesions": count, **dict(zip(COUNTS, counts, strict=True))}
             for index, count, counts in zip(
-                self.index, self.lesions_of(), self.counts[:, number].tolist(), strict=True
+                self.cases, self.lesions_of(), self.counts[:, number].tolist(), strict=True
             )
         }
 

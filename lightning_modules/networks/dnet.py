@@ -132,7 +132,8 @@ class DNet(nn.Module):
             assert isinstance(level, nn.Sequential)
             blocks = level
             if number:
-                x, ring, needed, blocks = level[0](x), ring // 2, needed // 2, level[1:]
+                x, ring, needed = level[0](x), ring // 2, needed // 2
+                blocks = nn.Sequential(*list(level)[1:])
             halo = 2 * len(blocks)
             needed -= halo
             differs = ring + halo  # how far the output can differ from the constant

@@ -175,7 +175,8 @@ def test_hd95_by_naive_loops():
     spacing_mm = np.array([1, 2, 0.5])
     points = []
     for mask in masks:
-        np.testing.assert_array_equal(surface(mask), naive_surface(mask))
+        found = surface(np.pad(mask, 1))[1:-1, 1:-1, 1:-1]
+        np.testing.assert_array_equal(found, naive_surface(mask))
         points.append(np.argwhere(naive_surface(mask)) * spacing_mm)
     directed = [
         [min(np.linalg.norm(a - b) for b in theirs) for a in ours]

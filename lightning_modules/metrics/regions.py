@@ -153,7 +153,7 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     for axis in range(mask.ndim):
         inside = mask[tuple(box)]
         others = tuple(other for other in range(mask.ndim) if other != axis)
-        (hit,) = inside.any(axis=others).nonzero()
+        hit = np.flatnonzero(inside.any(axis=others))
         box.append(slice(int(hit[0]), int(hit[-1]) + 1))
     return tuple(box)
 

@@ -7,7 +7,6 @@ them by. Hydra finds sweepers in packages called `hydra_plugins` only, hence thi
 """
 
 import json
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -112,30 +112,35 @@ def add_to_plan(path: Path, plan: dict[str, Any]) -> None:
     Raises:
         CompactHydraException: The file has another baseline or another margin.
     """
-    if path.is_file():
-        earlier = json.loads(path.read_text())
-        if earlier["report"] != plan["report"]:
-            raise CompactHydraException(
-                f"{path}: report is {earlier['report']} there and {plan['report']} here; what was "
-                "stated before the runs stands: give this sweep a name=... of its own"
-            )
-        for seed, run in baselines(plan).items():
-            expected = baselines(earlier).get(seed, run)
-            if run != expected:
-                raise CompactHydraException(
-                    f"{path}: the baseline of seed {seed} is {expected} there and {run} here; give "
-                    "this sweep a name=... of its own"
-                )
-        known = {cell["run"] for cell in earlier["cells"]}
-        plan = {
-            **earlier,
-            "commands": [*dict.fromkeys([*earlier["commands"], *plan["commands"]])],
-            "cells": earlier["cells"] + [c for c in plan["cells"] if c["run"] not in known],
-        }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(plan, indent=1) + "\n")
-    partial.replace(path)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.is_file():
+            plan = merged(json.loads(path.read_text()), plan, path)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(plan, indent=1) + "\n")
+        partial.replace(path)
+
+
+def merged(earlier: dict[str, Any], plan: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What stands in the file, and the cells that are new; raises as `add_to_plan`."""
+    if earlier["report"] != plan["report"]:
+        raise CompactHydraException(
+            f"{path}: report is {earlier['report']} there and {plan['report']} here; what was "
+            "stated before the runs stands: give this sweep a name=... of its own"
+        )
+    for seed, run in baselines(plan).items():
+        expected = baselines(earlier).get(seed, run)
+        if run != expected:
+            raise CompactHydraException(
+                f"{path}: the baseline of seed {seed} is {expected} there and {run} here; give "
+                "this sweep a name=... of its own"
+            )
+    known = {cell["run"] for cell in earlier["cells"]}
+    return {
+        **earlier,
+        "commands": [*dict.fromkeys([*earlier["commands"], *plan["commands"]])],
+        "cells": earlier["cells"] + [c for c in plan["cells"] if c["run"] not in known],
+    }
 
 
 def baselines(plan: dict[str, Any]) -> dict[int, str]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,7 +122,16 @@ def test_sweeps_with_one_baseline_share_a_plan(tmp_path: Path):
     assert [cell["run"] for cell in plan["cells"]] == ["base", "b", "c"]
     assert plan["stated"] == "a"
     assert plan["commands"] == ["a", "second"]
-    assert list(path.parent.iterdir()) == [path]
+    assert {file.name for file in path.parent.iterdir()} == {"plan.json", ".plan.json.lock"}
+
+
+def test_sweeps_that_start_together_lose_no_cell(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    plans = [plan_of(("base", "baseline"), (f"run{n}", f"factor{n}")) for n in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(partial(add_to_plan, path), plans))
+    runs = {cell["run"] for cell in json.loads(path.read_text())["cells"]}
+    assert runs == {"base", *(f"run{n}" for n in range(40))}
 
 
 def test_a_plan_takes_no_other_baseline_and_no_later_margin(tmp_path: Path):

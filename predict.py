@@ -81,7 +81,9 @@ class Predictor:
 
         from datamodules.cache import Preprocessing
         from lightning_modules.checkpoint import build, find, fingerprint, load_ensemble
+        from lightning_modules.memory import keep_freed
 
+        keep_freed()
         paths = find(given["checkpoint"])
         precision = PRECISIONS.get(str(given["precision"]))
         if precision is None:

@@ -326,8 +326,10 @@ def write_report(folder: Path, target_fp: float | None = None) -> Path:
     from rich.progress import track
 
     from lightning_modules.checkpoint import read
+    from lightning_modules.memory import keep_freed
     from lightning_modules.results import Results
 
+    keep_freed()
     tests = {run: json.loads((run / "split.json").read_text())["test"] for run in runs}
     for run, names in tests.items():
         if names != tests[runs[0]]:

@@ -1,9 +1,7 @@
 """What a run leaves behind beside its weights: its configuration, rows, slices and pictures."""
 
 import csv
-import ctypes
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
 from lightning_modules.checkpoint import CONFIG_KEY
+from lightning_modules.memory import keep_freed
 from lightning_modules.pictures import busiest_slice, draw_case, plane
 from lightning_modules.segmentation import Batch, SegmentationModule, VolumeBatch
 
@@ -46,21 +45,11 @@ class SeedEveryStep(Callback):
 
 
 class KeepFreedMemory(Callback):
-    """Lets a process that trains on a CPU keep the memory that it frees, for its next tensors.
-
-    By default glibc returns large blocks to the system, which clears them anew in every step: a
-    seventh of the proxy's. Without effect elsewhere than on Linux with glibc.
-    """
-
-    # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX.
-    SETTINGS = ((-1, 2**31 - 1), (-2, 2**28), (-4, 0), (-8, 1))
+    """Lets a process that trains on a CPU keep the memory that it frees: `memory.keep_freed`."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if sys.platform == "linux" and trainer.strategy.root_device.type == "cpu":
-            mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-            if mallopt is not None:  # glibc's
-                for parameter, value in self.SETTINGS:
-                    mallopt(parameter, value)
+        if trainer.strategy.root_device.type == "cpu":
+            keep_freed()
 
 
 class LogSlices(Callback):

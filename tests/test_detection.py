@@ -156,8 +156,8 @@ def test_experiment_runs_from_the_command_line(
         f"{patches}.unet={{patch_size: 32, batch_size: 2, patches_per_epoch: 4}}",
         f"hydra.sweep.dir={tmp_path}/runs",
     ]
-    if experiment == "detection":
-        overrides.append("~data.data_set.count")
+    if experiment == "detection":  # what only phantoms have
+        overrides += ["~data.data_set.count", "~data.data_set.spacing_mm"]
     if experiment == "krivov2018":  # one network will do
         overrides.append("model=dnet")
     done = cli("train.py", f"experiment={experiment}", *overrides)

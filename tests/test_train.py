@@ -16,7 +16,7 @@ from PIL import Image
 
 import train
 from errors import InputError
-from lightning_modules import callbacks, checkpoint
+from lightning_modules import callbacks, checkpoint, memory
 from lightning_modules.results import Results
 from tests.conftest import ROOT
 
@@ -201,7 +201,7 @@ def test_freed_memory_is_kept_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
         def mallopt(parameter: int, value: int) -> None:
             answers.append(mallopt(parameter, value))
 
-    monkeypatch.setattr(callbacks.ctypes, "CDLL", lambda _: Library)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Library)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     callbacks.KeepFreedMemory().setup(trainer, pl.LightningModule(), "fit")
-    assert answers == [1] * len(callbacks.KeepFreedMemory.SETTINGS)
+    assert answers == [1] * len(memory.SETTINGS)

@@ -9,6 +9,7 @@ from experiments.detection import peak_mib, seconds_a_volume
 from lightning_modules.detection import DetectionModule
 from lightning_modules.inference import ExactTiles, WholeVolume
 from lightning_modules.losses import SparseCrossEntropy
+from lightning_modules.memory import keep_freed
 from lightning_modules.metrics import LesionMetrics
 from lightning_modules.networks import DNet, UNet3D
 from lightning_modules.networks.dnet import Geometry, geometry
@@ -38,6 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     given = parser.parse_args()
+    keep_freed()
     torch.manual_seed(0)
     modules = {
         "unet": module(

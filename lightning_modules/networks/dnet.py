@@ -11,6 +11,9 @@ from lightning_modules.networks.blocks import widths as level_widths
 from lightning_modules.networks.unet import BLOCKS_PER_LEVEL, ContractingPath, Segmentation
 
 LEVELS = 3
+LOST = 2  # voxels a side in a residual block, of its level
+SLAB = 6  # voxels along x, computed at once: what a core's cache holds
+NOWHERE = 2**30
 
 
 class Geometry(NamedTuple):
@@ -43,7 +46,7 @@ class Geometry(NamedTuple):
 def geometry() -> Geometry:
     """Of D-Net, derived from its blocks: each 3³ convolution loses a voxel of its level a side."""
     blocks = BLOCKS_PER_LEVEL[:LEVELS]
-    halo = sum(2 * count * 2**level for level, count in enumerate(blocks))
+    halo = sum(LOST * count * 2**level for level, count in enumerate(blocks))
     return Geometry(halo, 2 ** (LEVELS - 1))
 
 
@@ -115,9 +118,9 @@ class DNet(nn.Module):
     def dense(self, x: Tensor) -> Tensor:
         """What `segment` gives of a volume surrounded by zeros without end, at less cost.
 
-        Far from the volume all features are constant, at every level. So the halo is computed as
-        far as it differs from that constant, and the rest filled in: at 1 mm a brain with all of
-        its halo has more than twice the voxels of the brain.
+        Away from the brain all features are constant, at every level. So the halo is computed as
+        far as it can differ from that constant, and of every slab the rectangle that can: half of
+        the box around a brain is air, and a box with all of its halo has twice its voxels.
 
         Args:
             x: (B, C, X, Y, Z), sides that the stride divides.
@@ -125,39 +128,117 @@ class DNet(nn.Module):
         Returns:
             (B, R, X / stride, Y / stride, Z / stride).
         """
+        extents = Extents.of(x)
         background = x.new_zeros(1, x.shape[1], 1, 1, 1)
         ring = 0  # voxels of this level that x covers beyond the volume, on each side
         needed = self.halo  # the same, for all later convolutions to be valid
         for number, level in enumerate(self.down.levels):
             assert isinstance(level, nn.Sequential)
-            blocks = level
+            blocks = list(level)
             if number:
-                x, ring, needed = level[0](x), ring // 2, needed // 2
-                blocks = nn.Sequential(*list(level)[1:])
-            halo = 2 * len(blocks)
+                x, extents = blocks.pop(0)(x), extents.pooled()
+                ring, needed = ring // 2, needed // 2
+            halo = LOST * len(blocks)
             needed -= halo
             differs = ring + halo  # how far the output can differ from the constant
             kept = min(needed, differs + differs % 2)  # even: pooling starts at the volume
-            x = blocks(_surrounded(x, background, kept + halo - ring))
-            background = blocks(background.expand(-1, -1, *[2 * halo + 1] * 3))
+            width = kept + halo - ring
+            x, extents = _surrounded(x, background, width), extents.padded(width)
+            for block in blocks:
+                background = block(background.expand(-1, -1, *[2 * LOST + 1] * 3))
+                extents = extents.convolved(LOST)
+                x = _in_slabs(block, x, background, extents)
             ring = kept
         return self.head(x)
+
+
+class Extents(NamedTuple):
+    """Where features can differ from a constant background: a rectangle of every slice along x.
+
+    Attributes:
+        low: (X, 2), first voxel along y and z; beyond `high` where all is background.
+        high: (X, 2), the voxel after the last.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, volume: Tensor) -> "Extents":
+        """Of what is not 0 in (B, C, X, Y, Z)."""
+        occupied = (volume != 0).any(dim=1).any(dim=0)
+        ends = []
+        for profile in (occupied.any(dim=2), occupied.any(dim=1)):  # (X, Y), (X, Z)
+            places = torch.arange(profile.shape[1], device=volume.device)
+            low = torch.where(profile, places, NOWHERE).amin(dim=1)
+            ends.append((low, torch.where(profile, places + 1, -NOWHERE).amax(dim=1)))
+        low, high = (torch.stack(end, dim=1).cpu() for end in zip(*ends, strict=True))
+        return cls(low, high)
+
+    def padded(self, width: int) -> "Extents":
+        """In coordinates with so many more voxels on each side."""
+        margins = (0, 0, width, width)
+        return Extents(
+            nn.functional.pad(self.low + width, margins, value=NOWHERE),
+            nn.functional.pad(self.high + width, margins, value=-NOWHERE),
+        )
+
+    def convolved(self, lost: int) -> "Extents":
+        """After valid convolutions that lose so many voxels on each side."""
+        reach = 2 * lost
+        low = self.low.unfold(0, reach + 1, 1).amin(-1) - reach
+        return Extents(low, self.high.unfold(0, reach + 1, 1).amax(-1))
+
+    def pooled(self) -> "Extents":
+        """After pooling by 2."""
+        low = self.low.unfold(0, 2, 2).amin(-1).div(2, rounding_mode="floor")
+        return Extents(low, -self.high.unfold(0, 2, 2).amax(-1).neg().div(2, rounding_mode="floor"))
+
+    def rectangle(self, start: int, stop: int, sides: Sequence[int]) -> list[slice]:
+        """Along y and z, of slices `start` to `stop`, within sides (Y, Z)."""
+        low = self.low[start:stop].amin(0).tolist()
+        high = self.high[start:stop].amax(0).tolist()
+        return [
+            slice(max(first, 0), min(last, side))
+            for first, last, side in zip(low, high, sides, strict=True)
+        ]
+
+
+def _in_slabs(block: nn.Module, x: Tensor, background: Tensor, extents: Extents) -> Tensor:
+    """A block that loses `LOST` voxels a side, where its output can differ from the background.
+
+    Two slabs at a time: for batches of one, PyTorch leaves oneDNN where slabs are thin.
+    """
+    reach = 2 * LOST
+    sides = [side - reach for side in x.shape[2:]]
+    out = _filled(background, (len(x), background.shape[1], *sides), x)
+    thickness = min(SLAB, -(-sides[0] // 2))
+    for start in range(0, sides[0], 2 * thickness):
+        stop = min(start + 2 * thickness, sides[0])
+        y, z = extents.rectangle(start, stop, sides[1:])
+        if y.start >= y.stop or z.start >= z.stop:
+            continue
+        pair = [max(stop - 2 * thickness, 0), stop - thickness]
+        around = [slice(axis.start, axis.stop + reach) for axis in (y, z)]
+        slabs = [x[(..., slice(s, s + thickness + reach), *around)] for s in pair]
+        for first, slab in zip(pair, block(torch.cat(slabs)).split(len(x)), strict=True):
+            out[:, :, first : first + thickness, y, z] = slab
+    return out
 
 
 def _surrounded(x: Tensor, background: Tensor, width: int) -> Tensor:
     """x (B, C, X, Y, Z) with `width` voxels of a background (1, C, 1, 1, 1) on each side."""
     sides = [side + 2 * width for side in x.shape[2:]]
-    larger = torch.empty(
-        (*x.shape[:2], *sides),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=_memory_format(x),
-    )
-    larger.copy_(background.expand_as(larger))
+    larger = _filled(background, (*x.shape[:2], *sides), x)
     larger[(..., *(slice(width, width + side) for side in x.shape[2:]))] = x
     return larger
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last_3d)
-    return torch.channels_last_3d if last else torch.contiguous_format
+def _filled(background: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """A volume (B, C, X, Y, Z) of (1, C, 1, 1, 1), in the memory layout of another."""
+    last = like.is_contiguous(memory_format=torch.channels_last_3d)
+    layout = torch.channels_last_3d if last else torch.contiguous_format
+    volume = torch.empty(
+        tuple(shape), dtype=background.dtype, device=like.device, memory_format=layout
+    )
+    return volume.copy_(background.expand(*shape))

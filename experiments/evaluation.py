@@ -248,8 +248,7 @@ def error_figure(
         symmetric_cbar=False,
         vmin=0,
         vmax=1,
-        threshold=1e-4,
-        cbar_tick_format="%.2g",
+        threshold=0,
         cut_coords=_most(total * shown, reference.affine),
         title=f"1 - Dice of {data_set.regions[0]}, {len(pairs) - len(failed)} cases",
     )

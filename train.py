@@ -225,6 +225,7 @@ def quieten_lightning() -> None:
         "The '.*_dataloader' does not have many workers",  # reading is cheap, see data.num_workers
         "Checkpoint directory .* exists and is not empty",  # a run's folder holds all of it
         "You requested to overfit but enabled train dataloader shuffling",  # it is no shuffling
+        "The dirpath has changed from",  # of checkpoints: another configuration, another folder
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 under torch 2.13
     ):
         warnings.filterwarnings("ignore", message)

@@ -150,6 +150,21 @@ class SegmentationModule(pl.LightningModule):
         schedule = {"scheduler": self.scheduler(optimizer), "interval": "epoch"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on along the schedule of this configuration, which may be of more epochs.
+
+        A schedule's state holds its length, and equation 5 ends at a learning rate of 0: a
+        finished run that is continued with the state that it saved would not learn any more.
+        """
+        optimizer = self.optimizer(nn.Linear(1, 1).parameters())
+        scheduler = self.scheduler(optimizer)
+        for _ in range(checkpoint["lr_schedulers"][0]["last_epoch"]):
+            optimizer.step()  # without gradients: a schedule wants to follow a step
+            scheduler.step()
+        checkpoint["lr_schedulers"] = [scheduler.state_dict()]
+        for group in checkpoint["optimizer_states"][0]["param_groups"]:
+            group["lr"] = optimizer.param_groups[0]["lr"]
+
 
 class AutoencoderModule(SegmentationModule):
     """Adds reconstruction and divergence (equation 4) to the loss in training.

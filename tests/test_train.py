@@ -1,5 +1,6 @@
 """From the command line to weights, scores, pictures and Weights & Biases, on tiny real files."""
 
+import csv
 import ctypes
 import json
 import subprocess
@@ -142,6 +143,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     expected = weights_of(tmp_path / "whole/last.ckpt")
     for name, tensor in weights_of(tmp_path / "broken/last.ckpt").items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("scheduler", ["poly", "cosine", "constant"])
+def test_a_finished_run_goes_on_along_a_longer_schedule(
+    composed: Compose, tiny: list[str], tmp_path: Path, scheduler: str
+):
+    common = [*tiny, "logger=csv", f"scheduler={scheduler}"]
+    train.train(composed(*common, "trainer.max_epochs=1", f"run_dir={tmp_path}/short"))
+    more = [*common, "trainer.max_epochs=3"]
+    train.train(composed(*more, f"run_dir={tmp_path}/more", f"resume={tmp_path}/short/last.ckpt"))
+    train.train(composed(*more, f"run_dir={tmp_path}/whole"))
+    rates = {
+        name: [
+            float(row["lr-Adam"])
+            for path in sorted((tmp_path / name).glob("csv/*/metrics.csv"))
+            for row in csv.DictReader(path.read_text().splitlines())
+            if row.get("lr-Adam")
+        ]
+        for name in ("more", "whole")
+    }
+    assert len(rates["whole"]) == 3
+    assert rates["more"] == rates["whole"][1:]
 
 
 def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: list[str]):

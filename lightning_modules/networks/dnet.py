@@ -12,7 +12,7 @@ from lightning_modules.networks.unet import BLOCKS_PER_LEVEL, ContractingPath, S
 
 LEVELS = 3
 LOST = 2  # voxels a side in a residual block, of its level
-SLAB = 6  # voxels along x, computed at once: what a core's cache holds
+SLAB = 6  # voxels along x that a CPU computes at once: what its cache holds
 NOWHERE = 2**30
 
 
@@ -207,12 +207,14 @@ class Extents(NamedTuple):
 def _in_slabs(block: nn.Module, x: Tensor, background: Tensor, extents: Extents) -> Tensor:
     """A block that loses `LOST` voxels a side, where its output can differ from the background.
 
-    Two slabs at a time: for batches of one, PyTorch leaves oneDNN where slabs are thin.
+    Two slabs at a time: for batches of one, PyTorch leaves oneDNN where slabs are thin. A GPU has
+    no use for thin ones, and takes two halves.
     """
     reach = 2 * LOST
     sides = [side - reach for side in x.shape[2:]]
     out = _filled(background, (len(x), background.shape[1], *sides), x)
-    thickness = min(SLAB, -(-sides[0] // 2))
+    half = -(-sides[0] // 2)
+    thickness = min(SLAB, half) if x.is_cpu else half
     for start in range(0, sides[0], 2 * thickness):
         stop = min(start + 2 * thickness, sides[0])
         y, z = extents.rectangle(start, stop, sides[1:])

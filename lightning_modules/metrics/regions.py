@@ -7,8 +7,6 @@ names.
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -126,31 +124,25 @@ def hausdorff95(
     A surface are the voxels of a mask that have a face neighbour outside it.
     """
     box = bounding_box(prediction | truth)
-    with ThreadPoolExecutor(2) as directions:  # scipy and numpy let go of the interpreter
-        surfaces = list(
-            directions.map(
-                lambda mask: surface(np.pad(mask[box], MOST_SHELLS)), (prediction, truth)
-            )
-        )
-        points = list(directions.map(lambda own: _positions(own, spacing_mm), surfaces))
-        # Built for one query: balanced trees would take longer than they save.
-        tree = partial(KDTree, leafsize=16, balanced_tree=False, compact_nodes=False)
-        trees = list(directions.map(tree, reversed(points)))
-        shells = list(directions.map(_shells, surfaces, reversed(surfaces)))
-        # Only the largest distances matter, and looking for them takes the time: from the
-        # outermost shell inwards, until what is left is nearer than all that is asked for.
-        distances_mm = [np.zeros(len(own)) for own in points]
-        ranked = distances_mm
-        for number in range(max(int(shell.max()) for shell in shells) - 1, -1, -1):
-            here = [shell == number + 1 for shell in shells]
-            farther = [own[inside] for own, inside in zip(points, here, strict=True)]
-            found = directions.map(lambda tree, own: tree.query(own)[0], trees, farther)
-            for distance_mm, inside, values in zip(distances_mm, here, found, strict=True):
-                distance_mm[inside] = values
-            ranked = [*distances_mm, np.concatenate(distances_mm)]
-            left_mm = number * math.hypot(*spacing_mm)  # no voxel of the inner shells is further
-            if all(np.percentile(mm, PERCENTILE, method="lower") >= left_mm for mm in ranked):
-                break
+    surfaces = [surface(np.pad(mask[box], MOST_SHELLS)) for mask in (prediction, truth)]
+    points = [_positions(own, spacing_mm) for own in surfaces]
+    # Built for one query: balanced trees would take longer than they save.
+    trees = [KDTree(own, 16, balanced_tree=False, compact_nodes=False) for own in points]
+    shells = [_shells(*surfaces), _shells(*reversed(surfaces))]
+    # Only the largest distances matter, and looking for them takes the time: from the outermost
+    # shell inwards, until what is left is nearer than all that is asked for.
+    distances_mm = [np.zeros(len(own)) for own in points]
+    ranked = distances_mm
+    for number in range(max(int(shell.max()) for shell in shells) - 1, -1, -1):
+        for distance_mm, shell, own, tree in zip(
+            distances_mm, shells, points, reversed(trees), strict=True
+        ):
+            here = shell == number + 1
+            distance_mm[here] = tree.query(own[here])[0]
+        ranked = [*distances_mm, np.concatenate(distances_mm)]
+        left_mm = number * math.hypot(*spacing_mm)  # no voxel of the inner shells is further
+        if all(np.percentile(values, PERCENTILE, method="lower") >= left_mm for values in ranked):
+            break
     first, second, pooled = (float(np.percentile(values, PERCENTILE)) for values in ranked)
     return Hausdorff95(maximum_mm=max(first, second), pooled_mm=pooled)
 

@@ -187,6 +187,13 @@ def test_hd95_by_naive_loops():
     assert found.pooled_mm == pytest.approx(np.percentile(directed[0] + directed[1], 95))
 
 
+def test_hd95_of_equal_masks_is_zero():
+    mask = blob((12, 11, 10), (6, 5, 5), 4)
+    assert hausdorff95(mask, mask) == (0, 0)
+    mask = np.ones((1, 1, 1), bool)
+    assert hausdorff95(mask, mask) == (0, 0)
+
+
 def test_hd95_is_symmetric_and_does_not_depend_on_the_crop():
     draw = np.random.default_rng(2)
     a, b = (blob((30, 28, 26), (14, 13, 12), radius) for radius in (9, 6.5))

@@ -133,7 +133,8 @@ def hausdorff95(
     # shell inwards, until what is left is nearer than all that is asked for.
     distances_mm = [np.zeros(len(own)) for own in points]
     ranked = distances_mm
-    for number in range(max(int(shell.max()) for shell in shells) - 1, -1, -1):
+    outermost = max(1, *(int(shell.max()) for shell in shells))
+    for number in range(outermost - 1, -1, -1):
         for distance_mm, shell, own, tree in zip(
             distances_mm, shells, points, reversed(trees), strict=True
         ):

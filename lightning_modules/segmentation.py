@@ -156,6 +156,8 @@ class SegmentationModule(pl.LightningModule):
         A schedule's state holds its length, and equation 5 ends at a learning rate of 0: a
         finished run that is continued with the state that it saved would not learn any more.
         """
+        if "lr_schedulers" not in checkpoint:  # weights alone, to be tested: nothing goes on
+            return
         optimizer = self.optimizer(nn.Linear(1, 1).parameters())
         scheduler = self.scheduler(optimizer)
         for _ in range(checkpoint["lr_schedulers"][0]["last_epoch"]):

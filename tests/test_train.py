@@ -167,6 +167,13 @@ def test_a_finished_run_goes_on_along_a_longer_schedule(
     assert rates["more"] == rates["whole"][1:]
 
 
+def test_a_checkpoint_of_weights_alone_can_be_tested(composed: Compose, tiny: list[str]):
+    config = composed(*tiny, "logger=csv", "+callbacks.best.save_weights_only=true")
+    train.train(config)
+    assert "lr_schedulers" not in torch.load(Path(config.run_dir) / "best.ckpt")
+    assert (Path(config.run_dir) / "results.json").is_file()
+
+
 def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: list[str]):
     config = composed(*tiny, "logger=csv", "norm=batch")
     train.train(config)

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_modules.results import Results
 from omegaconf import DictConfig
 from PIL import Image
 
 import train
 from errors import InputError
 from lightning_modules import callbacks, checkpoint, memory
-from lightning_modules.results import Results
 from tests.conftest import ROOT
 
 Compose = Callable[..., DictConfig]

@@ -1,7 +1,5 @@
-"""What came out of a run: `results.json`, the last file that a run writes, and one screen of it."""
+"""What came out of a run, and one screen of it."""
 
-import json
-import os
 import platform
 import resource
 import sys
@@ -9,14 +7,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from typing import Any
 
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.cost import Cost
-
-RESULTS_NAME = "results.json"
+from experiments.cost import Cost
+from experiments.run import RunFolder
+from files import write_json
 
 
 @dataclass(frozen=True)
@@ -27,15 +24,14 @@ class Results:
         run: Name of the run, and of its folder.
         choices: The option of each group that was chosen.
         metrics: Last value of everything logged, test scores included.
-        cost: Of the network, predicted.
+        cost: Predicted cost of the network.
         epochs: Epochs trained, over all resumptions.
-        checkpoint: The best checkpoint, the one tested, relative to the run's folder.
         fit_s: Time of training in this process.
         test_s: Time of testing.
-        peak_memory_mib: Most memory allocated on the GPU, or resident in this process without one;
-            over all runs of a process.
+        peak_memory_mib: The most memory allocated on the GPU, or, without one, resident in this
+            process, whatever it ran before.
         device: Name of the GPU, or of the processor.
-        versions: Of Python and torch.
+        versions: Versions of Python and torch.
     """
 
     run: str
@@ -43,7 +39,6 @@ class Results:
     metrics: dict[str, float]
     cost: Cost
     epochs: int
-    checkpoint: str
     fit_s: float
     test_s: float
     peak_memory_mib: float
@@ -52,49 +47,17 @@ class Results:
         default_factory=lambda: {"python": platform.python_version(), "torch": torch.__version__}
     )
 
-    def write(self, folder: Path) -> None:
-        """Write `results.json` at once and whole: where it is, the run is finished."""
-        partial = folder / f"{RESULTS_NAME}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
-        partial.replace(folder / RESULTS_NAME)
-
     @classmethod
-    def read(cls, folder: Path) -> "Results":
-        content = json.loads((folder / RESULTS_NAME).read_text())
+    def from_json(cls, content: Mapping[str, Any]) -> "Results":
         return cls(**{**content, "cost": Cost(**content["cost"])})
 
-
-def is_finished(folder: Path) -> bool:
-    return (folder / RESULTS_NAME).is_file()
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """Whether this process may train the run of a folder: no other is at it.
-
-    The claim ends with the process, however that ends. Of the processes of one distributed run,
-    the first claims for all.
-    """
-    from filelock import FileLock, Timeout
-
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        yield True
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".claim")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    def write(self, folder: RunFolder) -> None:
+        """Write the file that says that the run is finished."""
+        write_json(folder.results_file, asdict(self))
 
 
 class Stopwatch:
-    """Seconds spent in each `with watch("name")`; 0 for what never ran."""
+    """Adds up the seconds of every `with watch("name")` block, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -122,15 +85,15 @@ def device_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def show(results: Results, folder: Path) -> None:
-    """Print one screen: where the run is, what it scored and cost, and what can be done next."""
+def show(results: Results, folder: RunFolder) -> None:
+    """Print one screen: where the run is, its scores and cost, and the commands that can follow."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Run {results.run}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("folder", str(folder))
+    table.add_row("folder", str(folder.path))
     table.add_row("choices", "  ".join(f"{key}={value}" for key, value in results.choices.items()))
     for stage in ("val", "test"):
         table.add_row(stage, _scores(results.metrics, stage))
@@ -144,14 +107,12 @@ def show(results: Results, folder: Path) -> None:
         f"{results.epochs} epochs in {results.fit_s:.0f} s, test in {results.test_s:.0f} s, "
         f"{results.peak_memory_mib:.0f} MiB, {results.device}",
     )
-    table.add_row("pictures", str(folder / "pictures"))
-    checkpoint = folder / results.checkpoint
-    last = folder / "last.ckpt"
-    table.add_row("go on", f"python train.py ... trainer.max_epochs=MORE resume={last}")
+    table.add_row("pictures", str(folder.pictures))
+    table.add_row("go on", f"python train.py ... trainer.max_epochs=MORE resume={folder.last}")
     table.add_row(
-        "predict", f"python predict.py checkpoint={checkpoint} input=FOLDER output=FOLDER"
+        "predict", f"python predict.py checkpoint={folder.best} input=FOLDER output=FOLDER"
     )
-    table.add_row("sync", f"wandb sync {folder}/wandb/offline-run-*")
+    table.add_row("sync", f"wandb sync {folder.path}/wandb/offline-run-*")
     Console().print(table)
 
 

@@ -60,7 +60,7 @@ def evaluate(given: Mapping[str, Any]) -> Path:
     else:
         predictor = with_thresholds(given)
         least_mm3 = predictor.point.least_mm3
-        data_set = predictor.data_set.at(given["input"])
+        data_set = predictor.data_set.in_folder(given["input"])
         cases = part_of(data_set.cases(), given["cases"], given)
         # Label maps have all that the networks found: the report tells what least volumes do.
         raw = predictor.at(replace(predictor.point, least_mm3={}))

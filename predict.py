@@ -16,9 +16,9 @@ from errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from datamodules.cache import Preprocessing, Volume
     from datamodules.cases import Case, DataSet
-    from datamodules.sampling import Inputs
+    from datamodules.preprocessing import Preprocessing, Volume
+    from datamodules.sampling import Cut
     from lightning_modules.inference import Ensemble
     from lightning_modules.operating_point import OperatingPoint
 
@@ -30,7 +30,7 @@ PRECISIONS = {"32": "float32", "16": "float16", "bf16": "bfloat16"}
 def main(config: DictConfig) -> None:
     try:
         predictor = Predictor.of(OmegaConf.to_container(config, throw_on_missing=True))  # pyright: ignore
-        cases = predictor.data_set.at(config.input).cases()
+        cases = predictor.data_set.in_folder(config.input).cases()
         failed = predictor(cases, Path(config.output))
     except (InputError, MissingMandatoryValue) as error:
         logging.error(str(error).splitlines()[0])
@@ -48,7 +48,7 @@ class Predictor:
         ensemble: One network or more.
         data_set: What the networks were trained on: modalities, regions, labels.
         preprocessing: Of the volumes that the networks see.
-        inputs: What they see of them.
+        cut: Cuts the channels that they see out of a volume.
         point: Thresholds and least volumes of the regions.
         networks: What tells the ensemble from others: its checkpoints, whether it flips.
         precision: Of the ensemble, by its name.
@@ -61,7 +61,7 @@ class Predictor:
     ensemble: "Ensemble"
     data_set: "DataSet"
     preprocessing: "Preprocessing"
-    inputs: "Inputs"
+    cut: "Cut"
     point: "OperatingPoint"
     networks: Mapping[str, Any]
     precision: str = "32"
@@ -79,7 +79,7 @@ class Predictor:
         """
         import torch
 
-        from datamodules.cache import Preprocessing
+        from datamodules.preprocessing import Preprocessing
         from lightning_modules.checkpoint import build, find, fingerprint, load_ensemble
         from lightning_modules.memory import keep_freed
 
@@ -102,7 +102,7 @@ class Predictor:
             data_set=data_set,
             # All of the brain, whatever crop the patches of the training came from.
             preprocessing=Preprocessing(trained_on.spacing_mm, "brain", trained_on.extras),
-            inputs=build(config["data"]["sampler"]).inputs,
+            cut=build(config["data"]["sampler"]).cut,
             point=point,
             networks=networks,
             precision=str(given["precision"]),
@@ -171,7 +171,7 @@ class Predictor:
         from datamodules.sampling import whole
 
         volume = self.preprocessing(case, self.data_set)
-        image = torch.from_numpy(whole(volume.image, self.inputs)).float()[None]
+        image = torch.from_numpy(whole(volume.image, self.cut)).float()[None]
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,8 +185,8 @@ class Predictor:
         """
         import numpy as np
 
-        from datamodules.cache import restore
-        from datamodules.cases import open_volume, write_volume
+        from datamodules.nifti import open_volume, write_volume
+        from datamodules.preprocessing import restore
         from lightning_modules.pictures import draw_case
 
         regions, data_set = self.data_set.regions, self.data_set
@@ -262,7 +262,8 @@ def dice_of(written: Path, case: "Case", data_set: "DataSet") -> str:
     """Dice of each region of a predicted label map, on the grid that it is stored on."""
     import torch
 
-    from datamodules.cases import compared, read_volume
+    from datamodules.cases import compared
+    from datamodules.nifti import read_volume
     from lightning_modules.metrics.regions import dice
 
     both = compared(read_volume(written)[0].astype("uint8"), written, case, data_set)

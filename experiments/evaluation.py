@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from datamodules.brats import BraTSMasks
-from datamodules.cases import Case, Compared, DataSet, compared, read_volume
+from datamodules.cases import Case, Compared, DataSet, compared
+from datamodules.nifti import read_volume
 from errors import InputError
 from experiments.tables import markdown, write_csv
 
@@ -211,7 +212,7 @@ def error_figure(
     from rich.progress import track
     from scipy.ndimage import gaussian_filter
 
-    from datamodules.similarity import register, template
+    from datamodules.template import register, template
 
     reference = template(2)
     hit, total = (np.zeros(reference.voxels.shape, np.float32) for _ in range(2))

@@ -20,7 +20,7 @@ CONFIG_KEY = "config"
 SHARED = {
     "data_set": ("modalities", "regions"),
     "cache": ("spacing_mm", "extras"),
-    "sampler": ("inputs",),
+    "sampler": ("mirrored",),
 }
 
 

@@ -1,4 +1,4 @@
-"""BraTS challenge folders of every year: file names, grades, labels and regions."""
+"""Folders of the BraTS challenge, of every year: file names, grades, labels and regions."""
 
 import csv
 import os
@@ -10,25 +10,25 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.cases import Case, check_choice, read_volume
+from datamodules.cases import Case, check_choice
+from datamodules.nifti import read_volume
 from errors import InputError
 
-# Modality -> endings of its files: until 2021, and since 2023.
+# Modality -> endings of its file names: until 2021, and since 2023.
 ENDINGS = {
     "t1": ("_t1", "-t1n"),
     "t1ce": ("_t1ce", "-t1c"),
     "t2": ("_t2", "-t2w"),
     "flair": ("_flair", "-t2f"),
 }
-# "_Segm": the mask of BraTS20_Training_355 was released as W39_1998.09.19_Segm.nii.
+# "_Segm" is there for BraTS20_Training_355, whose mask was released as W39_1998.09.19_Segm.nii.
 MASK_ENDINGS = ("_seg", "-seg", "_Segm")
 EXPECTED = "expected CASE_t1.nii.gz, CASE_t1ce.nii.gz, ... or CASE-t1n.nii.gz, CASE-t1c.nii.gz, ..."
 
-# Region -> its canonical labels, from the outermost region to the innermost. The first label of a
-# region is the one that no region further in has, so painting it in this order gives a label map.
+# Region -> its canonical labels, from the outermost region to the innermost. The first label of
+# each region belongs to no region inside it, so `to_labels` paints these labels in this order.
 REGIONS = {"WT": (2, 1, 4), "TC": (1, 4), "ET": (4,)}
 LABELS = (0, 1, 2, 4)  # background, necrotic and non-enhancing core, oedema, enhancing tumour
-ET = 4
 
 _KIND = {ending: modality for modality, endings in ENDINGS.items() for ending in endings}
 _KIND |= dict.fromkeys(MASK_ENDINGS, "mask")
@@ -38,20 +38,20 @@ _FILE = re.compile(rf"(?P<case>[^.].*)(?P<ending>{'|'.join(_KIND)})\.nii(\.gz)?"
 class BraTS:
     """A folder in the layout of any BraTS challenge since 2017, with or without masks.
 
-    Files are found at any depth; a case is what its files are called before the modality, so that
-    one folder may hold one case or many. The grade is the folder HGG or LGG on the way to the
-    file, or the column `Grade` of a `name_mapping*.csv`, where there is either.
+    Files are found at any depth. The name of a case is the part of its file names before the
+    modality, so a folder may hold one case or many. The grade comes from a folder HGG or LGG above
+    the file, or from the column `Grade` of a `name_mapping*.csv`, if there is either.
 
-    On disk ET is label 4 (2017-2020) or 3 (since 2021). Which one is a property of the data set,
-    not of a case: it is read off the first mask, in the order of names, that has a 3 or a 4.
+    On disk ET is label 4 (2017-2020) or label 3 (since 2021). All cases of a data set share one
+    convention; it is taken from the first mask, in the order of names, that has a 3 or a 4.
 
     Args:
-        root: The folder.
-        modalities: Which of t1, t1ce, t2, flair, in the order of the network's channels.
-        regions: Which of WT, TC, ET, in the order of the network's outputs.
+        root: Folder of the data set.
+        modalities: Choice of t1, t1ce, t2 and flair, in the order of the network's input channels.
+        regions: Choice of WT, TC and ET, in the order of the network's output channels.
 
     Raises:
-        InputError: A modality or region that BraTS does not have, or one given twice.
+        InputError: A modality or region is unknown or given twice.
     """
 
     def __init__(
@@ -67,20 +67,20 @@ class BraTS:
         check_choice("regions", self.regions, REGIONS)
 
     def prepare(self) -> None:
-        """Nothing is missing: the files are the user's."""
+        """Do nothing: the files are the user's."""
 
     def cases(self) -> list[Case]:
-        """All cases, sorted by name.
+        """List all cases, sorted by name.
 
         Raises:
-            InputError: No folder, no case, a modality that is missing or there twice, or one case
-                name in two folders.
+            InputError: The folder is missing or has no case, a case lacks a modality or has one
+                twice, or two folders have a case of the same name.
         """
         if not self.root.is_dir():
             raise InputError(f"{self.root}: no such folder; {EXPECTED}")
         grades: dict[str, str] = {}
         files_of: dict[tuple[Path, str], list[tuple[str, Path]]] = defaultdict(list)
-        # os.walk rather than rglob: data sets are often folders of links.
+        # os.walk follows links, which rglob does not: data sets are often folders of links.
         for folder, _, names in os.walk(self.root, followlinks=True):
             for name in sorted(names):
                 if match := _FILE.fullmatch(name):
@@ -122,20 +122,20 @@ class BraTS:
 
     @cached_property
     def _et_on_disk(self) -> tuple[int, str]:
-        """The label that ET has in the files, and the reason for it."""
+        """The label that ET has in the files, and the reason for it, to show in messages."""
         for case in self.cases():
             if case.mask is not None:
                 labels, _ = read_volume(case.mask)
                 for value in (4, 3):
-                    if _are(labels, value).any():
+                    if _equal(labels, value).any():
                         return value, f"ET is {value} as in {case.mask}"
         return 4, f"ET is taken to be 4, as no mask in {self.root} has a 3 or a 4"
 
     def canonical_labels(self, labels: np.ndarray, case: Case) -> np.ndarray:
-        """Label map of a mask file (X, Y, Z) as uint8 with 0, 1, 2 and 4 (ET).
+        """Translate the voxels of a mask file (X, Y, Z) to the labels 0, 1, 2 and 4 (ET), uint8.
 
         Raises:
-            InputError: A value that the data set's convention does not have.
+            InputError: The mask holds a value that the data set's convention does not have.
         """
         et, reason = self._et_on_disk
         on_disk = (0, 1, 2, et)
@@ -144,7 +144,7 @@ class BraTS:
         canonical = np.zeros(found.shape, np.uint8)
         unknown = np.ones(found.shape, bool)
         for value, label in zip(on_disk, LABELS, strict=True):
-            is_value = _are(found, value)
+            is_value = _equal(found, value)
             canonical[is_value] = label
             unknown &= ~is_value
         if unknown.any():
@@ -157,14 +157,15 @@ class BraTS:
         return label_map
 
     def to_regions(self, labels: np.ndarray) -> np.ndarray:
-        """Canonical labels (X, Y, Z) as boolean masks (R, X, Y, Z), one per region."""
+        """Turn canonical labels (X, Y, Z) into boolean masks (R, X, Y, Z), one per region."""
         return np.stack([np.isin(labels, REGIONS[region]) for region in self.regions])
 
     def to_labels(self, regions: np.ndarray) -> np.ndarray:
-        """Boolean masks (R, X, Y, Z) as canonical labels (X, Y, Z), uint8.
+        """Turn boolean masks (R, X, Y, Z) into canonical labels (X, Y, Z), uint8.
 
-        A region counts only where the regions around it are present too: TC within WT, ET within
-        TC. Without the inner regions, all of WT is label 2 and all of TC is label 1.
+        A region counts only inside the regions around it: TC inside WT, ET inside TC. If inner
+        regions are not among the regions of this data set, all of WT is label 2 and all of TC is
+        label 1.
         """
         labels = np.zeros(regions.shape[1:], np.uint8)
         inside = np.ones(regions.shape[1:], bool)
@@ -174,30 +175,30 @@ class BraTS:
                 labels[inside] = label
         return labels
 
-    def at(self, root: str | Path) -> "BraTS":
-        """BraTS files with the same modalities and regions in another folder."""
+    def in_folder(self, root: str | Path) -> "BraTS":
+        """Return a BraTS data set with the same modalities and regions in another folder."""
         return BraTS(root, self.modalities, self.regions)
 
 
 class BraTSMasks(BraTS):
-    """Label maps, with whatever scans lie beside them: predictions, or the truth alone.
+    """A folder of label maps: predictions, or masks whose scans may be missing.
 
-    Files are `CASE.nii.gz` or masks in a BraTS layout, at any depth; ET is label 3 or 4 as in
-    `BraTS`.
+    Files are `CASE.nii.gz` or masks in a BraTS layout, at any depth. ET is label 3 or 4, as in
+    `BraTS`. A case has the scans that are found.
 
     Args:
-        root: The folder.
-        regions: As in `BraTS`.
+        root: Folder of the label maps.
+        regions: Choice of WT, TC and ET.
     """
 
     def __init__(self, root: str | Path, regions: Sequence[str] = ("WT", "TC", "ET")) -> None:
         super().__init__(root, regions=regions)
 
     def cases(self) -> list[Case]:
-        """All cases, sorted by name.
+        """List all cases that have a label map, sorted by name.
 
         Raises:
-            InputError: No folder, no label map, or two of one case.
+            InputError: The folder is missing or has no label map, or a case has two.
         """
         expected = "expected CASE.nii.gz or CASE_seg.nii.gz"
         if not self.root.is_dir():
@@ -221,13 +222,13 @@ class BraTSMasks(BraTS):
         return [Case(name, images[name], path) for name, path in sorted(masks.items())]
 
 
-def _are(labels: np.ndarray, value: int) -> np.ndarray:
-    """Which labels are a value, within the float error that scaling in a header leaves."""
+def _equal(labels: np.ndarray, value: int) -> np.ndarray:
+    """Compare labels with a value, up to the rounding error that scaling in a header leaves."""
     return np.abs(labels - float(value)) < 1e-4
 
 
 def _read_grades(path: Path) -> dict[str, str]:
-    """Case name -> grade. A case has one column per year that it was part of."""
+    """Read case name -> grade; each column of names is one year that a case was part of."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         return {
             name: row["Grade"]
@@ -238,14 +239,13 @@ def _read_grades(path: Path) -> dict[str, str]:
 
 
 def _adopt_misnamed_masks(files_of: dict[tuple[Path, str], list[tuple[str, Path]]]) -> None:
-    """Give a mask that is named after no case to the one case in its folder, if it has none."""
+    """Give a mask that is named after no case to the one case in its folder, if it lacks one."""
     names_in: dict[Path, list[str]] = defaultdict(list)
     for folder, name in files_of:
         names_in[folder].append(name)
     for folder, names in names_in.items():
-        lone = [n for n in names if [kind for kind, _ in files_of[folder, n]] == ["mask"]]
-        others = [n for n in names if n not in lone]
-        if len(lone) == len(others) == 1 and not any(
-            kind == "mask" for kind, _ in files_of[folder, others[0]]
-        ):
-            files_of[folder, others[0]] += files_of.pop((folder, lone[0]))
+        kinds = {name: [kind for kind, _ in files_of[folder, name]] for name in names}
+        masks_alone = [name for name in names if kinds[name] == ["mask"]]
+        others = [name for name in names if name not in masks_alone]
+        if len(masks_alone) == len(others) == 1 and "mask" not in kinds[others[0]]:
+            files_of[folder, others[0]] += files_of.pop((folder, masks_alone[0]))

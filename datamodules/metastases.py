@@ -1,4 +1,4 @@
-"""Brain metastases: one folder per case, one mask of lesions."""
+"""Brain metastases: a folder with a folder per case, each with one mask of its lesions."""
 
 import re
 from collections.abc import Sequence
@@ -10,39 +10,47 @@ from datamodules.cases import Case, check_choice
 from errors import InputError
 
 MODALITIES = ("t1ce", "t1", "t2", "flair")
+REGIONS = ("lesion",)
 _FILE = re.compile(r"(?:[^.].*[_-])?(?P<kind>t1ce|t1|t2|flair|seg)\.nii(\.gz)?")
 
 
 class Metastases:
     """A folder with a folder per case: `CASE/t1ce.nii.gz`, `CASE/seg.nii.gz`.
 
-    The case's name may stand before the modality (`CASE/CASE_t1ce.nii.gz`), and the files may be
-    `.nii`. Any whole number above 0 in a mask is lesion, so that masks which number the lesions do
-    too; a case without lesions has a mask of zeros, a case to predict has none.
+    The name of the case may precede the modality (`CASE/CASE_t1ce.nii.gz`), and the files may be
+    `.nii`. Every whole number above 0 in a mask is lesion, so masks that number their lesions can
+    be used. A case without lesions has a mask of zeros; a case to predict has no mask.
 
     Args:
-        root: The folder.
-        modalities: Which of t1ce, t1, t2, flair, in the order of the network's channels.
+        root: Folder of the data set.
+        modalities: Choice of t1ce, t1, t2 and flair, in the order of the network's input channels.
+        regions: Regions to segment; "lesion" is the only one.
 
     Raises:
-        InputError: A modality that there is not, or one given twice.
+        InputError: A modality or region is unknown or given twice.
     """
 
-    regions: Sequence[str] = ("lesion",)
-
-    def __init__(self, root: str | Path, modalities: Sequence[str] = ("t1ce",)) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        modalities: Sequence[str] = ("t1ce",),
+        regions: Sequence[str] = REGIONS,
+    ) -> None:
         self.root = Path(root)
         self.modalities: Sequence[str] = tuple(modalities)
+        self.regions: Sequence[str] = tuple(regions)
         check_choice("modalities", self.modalities, MODALITIES)
+        check_choice("regions", self.regions, REGIONS)
 
     def prepare(self) -> None:
-        """Nothing is missing: the files are the user's."""
+        """Do nothing: the files are the user's."""
 
     def cases(self) -> list[Case]:
-        """All cases, sorted by name.
+        """List all cases, sorted by name.
 
         Raises:
-            InputError: No folder, no case, or a modality that is missing or there twice.
+            InputError: The folder is missing or has no case, or a case lacks a modality or has one
+                twice.
         """
         expected = f"expected CASE/{self.modalities[0]}.nii.gz and CASE/seg.nii.gz"
         if not self.root.is_dir():
@@ -73,10 +81,10 @@ class Metastases:
         return Case(folder.name, images, files.get("seg"))
 
     def canonical_labels(self, labels: np.ndarray, case: Case) -> np.ndarray:
-        """1 where a mask file (X, Y, Z) is a positive whole number, uint8.
+        """Set every positive whole number of a mask file (X, Y, Z) to 1, uint8.
 
         Raises:
-            InputError: A label that is negative or no whole number.
+            InputError: A value is negative or no whole number.
         """
         nearest = np.round(labels)
         wrong = (nearest < 0) | (np.abs(labels - nearest) > 1e-4)
@@ -87,13 +95,13 @@ class Metastases:
         return (nearest > 0).astype(np.uint8)
 
     def to_regions(self, labels: np.ndarray) -> np.ndarray:
-        """Canonical labels (X, Y, Z) as the one mask (1, X, Y, Z)."""
+        """Turn canonical labels (X, Y, Z) into the one mask (1, X, Y, Z), bool."""
         return (labels > 0)[None]
 
     def to_labels(self, regions: np.ndarray) -> np.ndarray:
-        """The mask (1, X, Y, Z) as labels (X, Y, Z), uint8."""
+        """Turn the mask (1, X, Y, Z) into canonical labels (X, Y, Z), uint8."""
         return regions[0].astype(np.uint8)
 
-    def at(self, root: str | Path) -> "Metastases":
-        """Cases with the same modalities in another folder."""
-        return Metastases(root, self.modalities)
+    def in_folder(self, root: str | Path) -> "Metastases":
+        """Return a data set with the same modalities and regions in another folder."""
+        return Metastases(root, self.modalities, self.regions)

@@ -1,7 +1,7 @@
 """Patches for training, whole volumes for validation and testing.
 
-Order, place, scale and augmentation of a patch are a function of (seed, epoch, index) alone: any
-number of worker processes, and a resumed run, see the same stream.
+Order, place, scale and augmentation of a patch are a function of (seed, epoch, index) alone, so
+that any number of worker processes, and a resumed run, see the same stream of patches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,23 +15,38 @@ import torch
 import torchio as tio
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.cache import Cache, CachedCase, cut
-from datamodules.cases import Case, DataSet, Split
-from datamodules.sampling import BalancedSampler, Inputs, as_subject, whole
+import grids
+from datamodules.cache import Cache, CachedCase
+from datamodules.cases import Case, DataSet
+from datamodules.sampling import BalancedSampler, Cut, as_subject, cut_with_mirrored, whole
+from datamodules.splits import SPLIT_NAME, Split
 from errors import InputError
 
 PatchKey = tuple[int, int]  # epoch, index
 
 
 class Volumes(Dataset[dict[str, Any]]):
-    """Whole preprocessed volumes: `image`, `mask`, `outside`, `case`, `index`."""
+    """Whole preprocessed volumes, for validation and testing.
+
+    An item is a dict with
+        `image`: (C, X, Y, Z), float32: the channels that the network sees;
+        `mask`: (R, X, Y, Z), bool: the regions of the data set;
+        `outside`: (R,), int64: true voxels of each region that the crop cut away;
+        `case`: str: name of the case;
+        `index`: int: its place in this data set.
+
+    Args:
+        cases: Cases of the cache.
+        data_set: Turns labels into regions.
+        mirrored: Add the opposite hemisphere, as the sampler of the training patches does.
+    """
 
     def __init__(
-        self, cases: Sequence[CachedCase], data_set: DataSet, inputs: Inputs = cut
+        self, cases: Sequence[CachedCase], data_set: DataSet, mirrored: bool = False
     ) -> None:
         self.cases = cases
         self.data_set = data_set
-        self.inputs = inputs
+        self.cut: Cut = cut_with_mirrored if mirrored else grids.cut
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -39,43 +54,51 @@ class Volumes(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         case = self.cases[index]
         return {
-            "image": torch.from_numpy(whole(case.image, self.inputs).astype(np.float32)),
+            "image": torch.from_numpy(whole(case.image, self.cut).astype(np.float32)),
             "mask": torch.from_numpy(self.data_set.to_regions(case.labels)),
-            "outside": torch.from_numpy(self.outside(case)),
+            "outside": torch.from_numpy(self._voxels_outside(case)),
             "case": case.name,
             "index": index,
         }
 
-    def outside(self, case: CachedCase) -> np.ndarray:
-        """True voxels of each region (R,) that the crop has cut off."""
+    def _voxels_outside(self, case: CachedCase) -> np.ndarray:
+        """Count the true voxels of each region (R,), int64, that the crop cut away."""
         voxels = np.zeros(len(self.data_set.regions), np.int64)
         for label, count in case.outside.items():
             voxels += count * self.data_set.to_regions(np.full((1, 1, 1), label, np.uint8)).ravel()
         return voxels
 
     def dry_iter(self) -> list[tio.Subject]:
-        """TorchIO's queue asks for its subjects without their voxels."""
+        """List the subjects without their voxels, as TorchIO's queue demands."""
         return [tio.Subject(name=case.name) for case in self.cases]
 
 
 class PatchQueue(tio.Queue):
-    """A TorchIO queue whose n-th patch of an epoch is the same, whoever asks for it.
+    """A TorchIO queue whose n-th patch of an epoch is the same, whichever process asks for it.
 
-    The stock queue moves whole volumes through worker processes into a buffer of patches and pops
-    what happens to lie there. Here the volumes are memory mapped, so that the page cache is the
-    buffer: a patch is cut when it is asked for, at no more than the cost of reading it, nothing
-    stalls while a buffer fills, and the loader outside may have workers.
+    The stock queue moves whole volumes through worker processes into a buffer of patches and takes
+    whatever lies there. Here the volumes are memory-mapped, and the page cache of the operating
+    system is the buffer: a patch is cut when it is asked for, at the cost of reading it, nothing
+    waits for a buffer to fill, and the loader around the queue may have workers.
 
-    Every case is visited equally often: once in each round of patches with a lesion (of those that
-    have one) and once in each round of the others.
+    Every case is visited equally often: once in each round of patches with a lesion (if it has
+    one) and once in each round of the other patches.
+
+    An item, by its key (epoch, index), is a dict with
+        `image`: (C, X, Y, Z), float32: the channels that the network sees;
+        `mask`: (R, X, Y, Z), bool: the regions of the data set;
+        `case`: str: name of the case.
 
     Args:
-        cases: What to cut patches from.
+        cases: Cases of the cache to cut patches from.
         data_set: Turns labels into regions.
         sampler: Draws a patch from a case.
-        augmentation: A TorchIO transform of `image` and `labels`.
+        augmentation: TorchIO transform of `image` and `labels`.
         patches_per_epoch: Length of the queue.
-        seed: Of the stream.
+        seed: Seed of the stream of patches.
+
+    Raises:
+        InputError: No case has a patch of a kind that the sampler asks for.
     """
 
     def __init__(
@@ -95,10 +118,15 @@ class PatchQueue(tio.Queue):
             start_background=False,
         )
         self.cases = cases
+        # Indices of the cases that can give a patch with a lesion, and one of the other patches.
         self.with_lesion = [index for index, case in enumerate(cases) if len(case.lesion)]
         self.others = list(range(len(cases)))
         if sampler.lesion_free:
-            self.others = [i for i, case in enumerate(cases) if sampler.can_avoid(case.labels)]
+            self.others = [
+                index
+                for index, case in enumerate(cases)
+                if sampler.has_lesion_free_patch(case.labels)
+            ]
             if sampler.lesion_share < 1 and not self.others:
                 raise InputError(
                     f"sampler.others: lesion-free patches are asked for, but every patch of "
@@ -110,7 +138,7 @@ class PatchQueue(tio.Queue):
                 f"a lesion, but none of the {len(cases)} training cases has one"
             )
         self.data_set = data_set
-        self.balance = sampler
+        self.balanced_sampler = sampler  # `sampler` is TorchIO's name, of a more general type
         self.augmentation = augmentation
         self.seed = seed
 
@@ -119,14 +147,16 @@ class PatchQueue(tio.Queue):
         return self.max_length
 
     def __getitem__(self, key: PatchKey | int) -> dict[str, Any]:  # pyright: ignore
-        # Lightning's `overfit_batches` replaces our sampler by a plain one: always the first epoch.
+        # Lightning's `overfit_batches` replaces our sampler by a plain one, whose keys are indices;
+        # they stand for the first epoch.
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        wants_lesion = self.balance.wants_lesion(index)
+        sampler = self.balanced_sampler
         case = self.case_of(epoch, index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(self.seed, epoch, index))
-            lesion = self.balance.choose(case) if wants_lesion else case.lesion[:0]
-            drawn = self.balance.draw(case.image, case.labels, lesion)
+            torch.manual_seed(_hashed(self.seed, epoch, index))
+            wants_lesion = sampler.wants_lesion(index)
+            lesion = sampler.draw_lesion(case) if wants_lesion else case.lesion[:0]
+            drawn = sampler.draw(case.image, case.labels, lesion)
             patch: Any = self.augmentation(as_subject(drawn))
         labels = patch["labels"].data[0].numpy().astype(np.uint8)
         return {
@@ -136,20 +166,27 @@ class PatchQueue(tio.Queue):
         }
 
     def case_of(self, epoch: int, index: int) -> CachedCase:
-        """The case that patch `index` of an epoch is cut from."""
-        wants_lesion = self.balance.wants_lesion(index)
+        """Return the case that patch `index` of an epoch is cut from."""
+        wants_lesion = self.balanced_sampler.wants_lesion(index)
         eligible = self.with_lesion if wants_lesion else self.others
-        lesions = self.balance.lesions_before(index)
-        visits, position = divmod(lesions if wants_lesion else index - lesions, len(eligible))
+        lesion_patches = self.balanced_sampler.lesion_patches_before(index)
+        place = lesion_patches if wants_lesion else index - lesion_patches
+        visits, position = divmod(place, len(eligible))
         order = _permutation(len(eligible), self.seed, epoch, visits, wants_lesion)
         return self.cases[eligible[order[position]]]
 
 
 class EpochSampler(Sampler[PatchKey]):
-    """Keys (epoch, index) of the queue, in order; each rank takes every world-size-th batch.
+    """Yields the keys (epoch, index) of the queue in order; each rank takes whole batches in turn.
 
-    Whole batches, not single patches: a balance that holds in every run of patches then holds on
-    every rank too.
+    A balance that holds in every run of consecutive patches then holds on every rank too, which it
+    would not if the ranks took single patches in turn.
+
+    Args:
+        patches: Patches that all ranks see together in an epoch.
+        batch_size: Patches per step and rank.
+        rank: Rank of this process.
+        ranks: Number of ranks.
     """
 
     def __init__(self, patches: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
@@ -160,7 +197,7 @@ class EpochSampler(Sampler[PatchKey]):
         self.indices = [index for batch in batches[rank:even:ranks] for index in batch]
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this at the start of every epoch."""
+        """Set the epoch of the keys; Lightning calls this at the start of every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -173,16 +210,26 @@ class EpochSampler(Sampler[PatchKey]):
 class PatchDataModule(pl.LightningDataModule):
     """Prepares, splits, caches and serves a data set.
 
+    A training batch is the collated items of `PatchQueue`, a validation or test batch one item of
+    `Volumes`, with a leading batch axis B:
+        `image`: (B, C, X, Y, Z), float32;
+        `mask`: (B, R, X, Y, Z), bool;
+        `case`: list of B names;
+        and, of whole volumes, `outside`: (B, R), int64, and `index`: (B,), int64.
+
     Args:
         data_set: Where cases come from.
-        cache: How they are preprocessed, and where that is kept.
+        cache: How they are preprocessed, and where the result is kept.
         split: Which cases are for training, validation and testing.
         sampler: How patches are drawn.
-        augmentation: A TorchIO transform of the patches.
+        augmentation: TorchIO transform of the patches.
         patches_per_epoch: Patches that all ranks see together in an epoch.
-        batch_size: Patches a step and rank; whole volumes come one by one.
-        num_workers: Loader processes; no number changes the patches.
-        seed: Of the stream of patches.
+        batch_size: Patches per step and rank; whole volumes come one by one.
+        num_workers: Processes that load patches; their number changes no patch.
+        seed: Seed of the stream of patches.
+
+    Raises:
+        ValueError: Exact batches are asked for that the numbers of patches do not allow.
     """
 
     def __init__(
@@ -215,19 +262,30 @@ class PatchDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
 
+    @property
+    def modalities(self) -> Sequence[str]:
+        """Modalities of the data set: the first channels of every image, in this order."""
+        return self.data_set.modalities
+
+    @property
+    def regions(self) -> Sequence[str]:
+        """Regions of the data set: the channels of every mask, in this order."""
+        return self.data_set.regions
+
     def prepare_data(self) -> None:
+        """Make the data set and the cache on disk; Lightning calls this in one process."""
         self.data_set.prepare()
         self.cache.build(self.data_set.cases(), self.data_set)
 
     def setup(self, stage: str) -> None:
+        """Split the cases that have a mask, and write the split into the folder of the run."""
         cases = [case for case in self.data_set.cases() if case.mask is not None]
         self.parts = self.split(cases)
         if self.trainer is not None and self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parts.write(folder / "split.json")
+            self.parts.write(Path(self.trainer.default_root_dir) / SPLIT_NAME)
 
     def train_dataloader(self) -> DataLoader[Any]:
+        """Serve batches of patches of the training cases."""
         assert self.trainer is not None
         queue = PatchQueue(
             self.cache.build(self.parts.train, self.data_set),
@@ -254,22 +312,26 @@ class PatchDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._whole(self.parts.validation)
+        """Serve the validation cases as whole volumes, one by one."""
+        return self._whole_volumes(self.parts.validation)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._whole(self.parts.test)
+        """Serve the test cases as whole volumes, one by one."""
+        return self._whole_volumes(self.parts.test)
 
-    def _whole(self, cases: Sequence[Case]) -> DataLoader[Any]:
-        # A volume is a copy from the page cache: not worth a process and its memory.
+    def _whole_volumes(self, cases: Sequence[Case]) -> DataLoader[Any]:
+        # No worker: reading a volume is a copy out of the page cache, not worth a process.
         cached = self.cache.build(cases, self.data_set)
-        return DataLoader(Volumes(cached, self.data_set, self.sampler.inputs))
+        return DataLoader(Volumes(cached, self.data_set, self.sampler.mirrored))
 
 
-def _seed(*numbers: int) -> int:
+def _hashed(*numbers: int) -> int:
+    """Mix several numbers into one seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @cache
 def _permutation(length: int, seed: int, epoch: int, visits: int, lesion: bool) -> list[int]:
+    """Return the order of the cases in one round of visits; a round of either kind has its own."""
     generator = np.random.default_rng([seed, epoch, visits, int(lesion)])
     return generator.permutation(length).tolist()

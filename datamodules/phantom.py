@@ -1080,6 +1080,7 @@ class MetastasisPhantoms(Metastases):
         spacing_mm: Edge of a voxel.
         seed: Of all cases.
         modalities: As of `Metastases`; those that are made.
+        regions: As of `Metastases`.
     """
 
     def __init__(
@@ -1089,8 +1090,9 @@ class MetastasisPhantoms(Metastases):
         spacing_mm: float,
         seed: int = 0,
         modalities: Sequence[str] = ("t1ce",),
+        regions: Sequence[str] = ("lesion",),
     ) -> None:
-        super().__init__(root, modalities)
+        super().__init__(root, modalities, regions)
         self.count = count
         self.spacing_mm = spacing_mm
         self.seed = seed

@@ -11,29 +11,45 @@ import torchio as tio
 from torch import Tensor
 from torchio.data import PatchSampler
 
-from datamodules.cache import CachedCase, cut
+import grids
+from datamodules.cache import CachedCase
 
-# Cuts a box, first voxel and sides, out of a case (C, X, Y, Z): the channels that a network sees.
-Inputs = Callable[[np.ndarray, Sequence[int], Sequence[int]], np.ndarray]
+# Takes the channels (C, X, Y, Z) of a case, the first voxel of a box and its sides; returns the
+# channels that a network sees there.
+Cut = Callable[[np.ndarray, Sequence[int], Sequence[int]], np.ndarray]
 
 
 def cut_with_mirrored(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
-    """A box of (C, X, Y, Z), and the one opposite, flipped onto it: (2 C, *size) (section 2.3).
+    """Cut a box out of (C, X, Y, Z) together with the opposite one, flipped onto it (section 2.3).
 
-    Opposite across the volume's own middle plane, x to X - 1 - x: the cache centres its volumes on
-    the brain's bounding box, so this is the mid-sagittal plane as far as a head lies straight.
-    Cut together, the two are scaled and flipped together.
+    Opposite means mirrored at the middle plane of the volume, x to X - 1 - x. The cache centres
+    its volumes on the bounding box of the brain, so this is the mid-sagittal plane unless the head
+    lies askew. Both boxes are later scaled and flipped together, as channels of one patch.
+
+    Returns:
+        (2 C, *size): the box, then the opposite box.
     """
-    return np.concatenate([cut(volume, start, size), cut(volume[:, ::-1], start, size)])
+    own, opposite = grids.cut(volume, start, size), grids.cut(volume[:, ::-1], start, size)
+    return np.concatenate([own, opposite])
 
 
-def whole(volume: np.ndarray, inputs: Inputs) -> np.ndarray:
-    """All of a case as a network sees it: any box of this is the box that `inputs` cuts."""
-    return inputs(volume, (0, 0, 0), volume.shape[1:])
+def whole(volume: np.ndarray, cut: Cut) -> np.ndarray:
+    """Return all of a case as a network sees it; a box of the result equals what `cut` cuts.
+
+    Args:
+        volume: Channels (C, X, Y, Z) of the cache.
+        cut: Function that cuts the patches in training, `BalancedSampler.cut`.
+    """
+    return cut(volume, (0, 0, 0), volume.shape[1:])
 
 
 class Patch(NamedTuple):
-    """Image (C, X, Y, Z) float32 and canonical labels (X, Y, Z) uint8 of one training patch."""
+    """One training patch.
+
+    Attributes:
+        image: (C, X, Y, Z) float32.
+        labels: (X, Y, Z) uint8, canonical.
+    """
 
     image: Tensor
     labels: Tensor
@@ -44,12 +60,14 @@ class BalancedSampler(PatchSampler):
 
     "The likelihood of sampling patches with a corresponding tumor" is raised (section 3) by
     counting, not by chance: of any n patches in a row, `lesion_share * n` (give or take one) are
-    cut around a lesion voxel, every box in the volume that contains the voxel being as likely as
-    any other. The other patches lie anywhere in the volume, or where they contain no lesion: then
-    the share is exact, and with a share of one half every even batch is half and half.
+    cut around a lesion voxel. Every box that contains the voxel and lies in the volume is equally
+    likely. The other patches lie anywhere in the volume, or only where they contain no lesion. In
+    the latter case the share is exact, and with a share of one half every batch of even size is
+    half and half.
 
-    Scaling cuts the box that the patch shows at that scale and resamples it, so that no voxel of a
-    patch is made up: zooming out of an already cut patch by 0.9 would pad 27 % of it.
+    To scale a patch, the sampler cuts the box that the patch shows at that scale and resamples it,
+    so that no voxel of a patch is padding. Zooming out of a patch that is already cut, by 0.9,
+    would pad 27 % of it.
 
     Args:
         patch_size: Side of a patch in voxels, one number or three.
@@ -57,16 +75,22 @@ class BalancedSampler(PatchSampler):
         scale: Range of the isotropic scale; above 1 zooms in.
         others: Where the other patches lie: "anywhere", or "lesion_free".
         halo: Voxels at each side of a patch that a valid-convolution network sees but does not
-            predict. What it predicts lies inside the volume, the halo may reach beyond.
-        region: What "contains a lesion" is about: the "output" inside the halo, which is what the
-            loss sees, or the whole "patch".
-        uniform_over: "voxels" draws large lesions more often, in proportion to their volume;
-            "lesions" draws a lesion, then one of its voxels.
-        inputs: Cuts the image: `cut`, or `cut_with_mirrored` for the other hemisphere beside it.
+            predict. What it predicts lies inside the volume; the halo may reach beyond.
+        lesion_in: Part of a patch where a lesion counts: the "output" inside the halo, which is
+            what the loss sees, or the whole "patch".
+        uniform_over: "voxels" draws a lesion voxel, so that large lesions are drawn in proportion
+            to their volume; "lesions" draws a lesion, then one of its voxels.
+        mirrored: Add the opposite hemisphere as further channels, see `cut_with_mirrored`.
+
+    Attributes:
+        cut: Function that cuts the image of a patch; `whole` shows it all of a case.
+
+    Raises:
+        ValueError: An argument has another value.
     """
 
     SCALED_ATTEMPTS = 10
-    FREE_ATTEMPTS = 50
+    LESION_FREE_ATTEMPTS = 50
 
     def __init__(
         self,
@@ -75,9 +99,9 @@ class BalancedSampler(PatchSampler):
         scale: Sequence[float] = (1.0, 1.0),
         others: Literal["anywhere", "lesion_free"] = "anywhere",
         halo: int = 0,
-        region: Literal["output", "patch"] = "output",
+        lesion_in: Literal["output", "patch"] = "output",
         uniform_over: Literal["voxels", "lesions"] = "voxels",
-        inputs: Inputs = cut,
+        mirrored: bool = False,
     ) -> None:
         super().__init__(patch_size if isinstance(patch_size, int) else tuple(patch_size))  # pyright: ignore
         if not 0 <= lesion_share <= 1:
@@ -88,7 +112,7 @@ class BalancedSampler(PatchSampler):
         self.lesion_share = Fraction(lesion_share).limit_denominator(10_000)
         for name, value, known in (
             ("others", others, ("anywhere", "lesion_free")),
-            ("region", region, ("output", "patch")),
+            ("lesion_in", lesion_in, ("output", "patch")),
             ("uniform_over", uniform_over, ("voxels", "lesions")),
         ):
             if value not in known:
@@ -100,137 +124,158 @@ class BalancedSampler(PatchSampler):
         self.scale = (low, high)
         self.lesion_free = others == "lesion_free"
         self.halo = halo
-        self.margin = halo if region == "output" else 0  # around what may contain a lesion
+        # Voxels at each side of a patch where a lesion does not count.
+        self.margin = halo if lesion_in == "output" else 0
         self.uniform_over = uniform_over
-        self.inputs = inputs
+        self.mirrored = mirrored
+        self.cut: Cut = cut_with_mirrored if mirrored else grids.cut
 
     @property
     def size(self) -> tuple[int, int, int]:
+        """Sides of a patch in voxels."""
         x, y, z = map(int, self.patch_size)
         return x, y, z
 
-    def lesions_before(self, index: int) -> int:
-        """How many of the patches 0 .. index - 1 are cut around a lesion."""
+    def lesion_patches_before(self, index: int) -> int:
+        """Count the patches among 0 .. index - 1 that are cut around a lesion."""
         return int(index * self.lesion_share)
 
     def wants_lesion(self, index: int) -> bool:
-        return self.lesions_before(index + 1) > self.lesions_before(index)
+        """Tell whether patch `index` is cut around a lesion."""
+        return self.lesion_patches_before(index + 1) > self.lesion_patches_before(index)
 
-    def choose(self, case: CachedCase) -> np.ndarray:
-        """Voxels of a case (N,), flat indices, one of which a patch is cut around."""
+    def draw_lesion(self, case: CachedCase) -> np.ndarray:
+        """Draw flat indices (N,) of lesion voxels of a case; the patch is cut around one of them.
+
+        These are all lesion voxels, or the voxels of one lesion; see `uniform_over`.
+        """
         if self.uniform_over == "voxels" or not case.lesions:
             return case.lesion
         return case.lesions[int(torch.randint(len(case.lesions), ()))]
 
-    def can_avoid(self, labels: np.ndarray) -> bool:
-        """Whether somewhere in (X, Y, Z) a patch contains no lesion, at scale 1."""
-        return len(self._free_starts(labels)) > 0
+    def has_lesion_free_patch(self, labels: np.ndarray) -> bool:
+        """Tell whether any patch of the labels (X, Y, Z), at scale 1, contains no lesion."""
+        return len(self._lesion_free_starts(labels)) > 0
 
     def draw(self, image: np.ndarray, labels: np.ndarray, lesion: np.ndarray) -> Patch:
-        """Cut a patch, by torch's generator: at a lesion if there are voxels of one.
+        """Draw a patch with torch's global random generator.
 
         Args:
-            image: (C, X, Y, Z); may be memory mapped, only the box is read.
-            labels: (X, Y, Z), canonical labels.
-            lesion: Flat indices into `labels` of the voxels to choose from; empty: one of the
-                other patches.
+            image: (C, X, Y, Z); may be memory-mapped, only the box is read.
+            labels: (X, Y, Z), canonical.
+            lesion: Flat indices (N,) into `labels`; the patch is cut around one of these voxels.
+                If there are none, it is one of the other patches.
 
         Raises:
-            ValueError: A lesion-free patch of a volume that has none.
+            ValueError: A lesion-free patch is wanted of a volume that has none.
         """
         if not len(lesion) and self.lesion_free:
-            return self._draw_free(image, labels)
+            return self._draw_lesion_free(image, labels)
         for _ in range(self.SCALED_ATTEMPTS):
             scale = self._draw_scale()
-            patch = self._cut(image, labels, self._start(labels, lesion, scale), scale)
+            start = self._draw_start(labels, lesion, scale)
+            patch = self._cut_patch(image, labels, start, scale)
             # A lesion of a few voxels can fall between the grid points of a coarser patch.
             if not len(lesion) or self.contains_lesion(patch):
                 return patch
-        return self._cut(image, labels, self._start(labels, lesion, scale=1), scale=1)
+        start = self._draw_start(labels, lesion, scale=1)
+        return self._cut_patch(image, labels, start, scale=1)
 
-    def _draw_free(self, image: np.ndarray, labels: np.ndarray) -> Patch:
-        for _ in range(self.FREE_ATTEMPTS):
+    def _draw_lesion_free(self, image: np.ndarray, labels: np.ndarray) -> Patch:
+        for _ in range(self.LESION_FREE_ATTEMPTS):
             scale = self._draw_scale()
-            patch = self._cut(image, labels, self._start(labels, labels[:0], scale), scale)
-            # In the brain: that there is no lesion in the air need not be learnt.
-            if not self.contains_lesion(patch) and patch.image[(..., *self._inside)].any():
+            start = self._draw_start(labels, labels[:0], scale)
+            patch = self._cut_patch(image, labels, start, scale)
+            # Patches of nothing but air are drawn again: they teach a network nothing.
+            if not self.contains_lesion(patch) and patch.image[(..., *self._counted_box)].any():
                 return patch
-        starts = self._free_starts(labels)
+        starts = self._lesion_free_starts(labels)
         if not len(starts):
             raise ValueError("lesion_free: every patch of this volume contains a lesion")
         start = starts[int(torch.randint(len(starts), ()))]
-        return self._cut(image, labels, _triple(int(first) for first in start), scale=1)
+        return self._cut_patch(image, labels, _triple(int(first) for first in start), scale=1)
 
     def contains_lesion(self, patch: Patch) -> bool:
-        """Whether it does, in the region that counts."""
-        return bool(patch.labels[self._inside].any())
+        """Tell whether a patch has a lesion in the part that counts, see `lesion_in`."""
+        return bool(patch.labels[self._counted_box].any())
 
     @property
-    def _inside(self) -> tuple[slice, ...]:
+    def _counted_box(self) -> tuple[slice, ...]:
+        """The part of a patch where a lesion counts."""
         return tuple(slice(self.margin, side - self.margin) for side in self.size)
 
     def _draw_scale(self) -> float:
         return torch.empty(()).uniform_(*self.scale).item()
 
-    def _box(self, scale: float, margin: int) -> tuple[tuple[int, int, int], int]:
-        """Sides of what a patch shows at a scale, and of a margin of it, in source voxels."""
+    def _source_box(self, scale: float, margin: int) -> tuple[tuple[int, int, int], int]:
+        """Return the sides of the box that a patch shows at a scale, and of a margin of the patch.
+
+        Both are in voxels of the volume.
+        """
         return _triple(max(1, round(side / scale)) for side in self.size), round(margin / scale)
 
-    def _start(self, labels: np.ndarray, lesion: np.ndarray, scale: float) -> tuple[int, int, int]:
-        """First voxel of a random box whose output lies inside the volume.
+    def _draw_start(
+        self, labels: np.ndarray, lesion: np.ndarray, scale: float
+    ) -> tuple[int, int, int]:
+        """Draw the first voxel of a box whose output lies inside the volume.
 
-        Where there are lesion voxels, around one of them.
+        If there are lesion voxels, the box contains one of them where a lesion counts.
         """
-        size, halo = self._box(scale, self.halo)
+        size, halo = self._source_box(scale, self.halo)
         ranges = [
-            _inside(extent, side, halo) for extent, side in zip(labels.shape, size, strict=True)
+            _start_range(extent, side, halo)
+            for extent, side in zip(labels.shape, size, strict=True)
         ]
         if len(lesion):
-            chosen = lesion[int(torch.randint(len(lesion), ()))]
-            voxel = np.unravel_index(int(chosen), labels.shape)
-            _, margin = self._box(scale, self.margin)
+            flat_index = lesion[int(torch.randint(len(lesion), ()))]
+            voxel = np.unravel_index(int(flat_index), labels.shape)
+            _, margin = self._source_box(scale, self.margin)
             ranges = [
-                (max(low, int(at) - side + margin + 1), min(high, int(at) - margin))
-                for (low, high), at, side in zip(ranges, voxel, size, strict=True)
+                (max(low, int(place) - side + margin + 1), min(high, int(place) - margin))
+                for (low, high), place, side in zip(ranges, voxel, size, strict=True)
             ]
         return _triple(int(torch.randint(low, high + 1, ())) for low, high in ranges)
 
-    def _free_starts(self, labels: np.ndarray) -> np.ndarray:
-        """First voxels (N, 3) of all boxes at scale 1 that contain no lesion."""
+    def _lesion_free_starts(self, labels: np.ndarray) -> np.ndarray:
+        """Return the first voxels (N, 3) of all boxes at scale 1 that contain no lesion.
+
+        The lesion voxels in every box are counted with a summed-volume table.
+        """
         ranges = [
-            _inside(extent, side, self.halo)
+            _start_range(extent, side, self.halo)
             for extent, side in zip(labels.shape, self.size, strict=True)
         ]
-        # Lesion voxels in a box are eight look-ups in the sums over everything before a voxel.
         low = [first + self.margin for first, _ in ranges]
         reach = [last - first for first, last in ranges]
         sides = [side - 2 * self.margin for side in self.size]
-        shown = cut(labels, low, [r + side for r, side in zip(reach, sides, strict=True)]) > 0
-        sums = np.pad(shown, ((1, 0),) * 3).astype(np.int32).cumsum(0).cumsum(1).cumsum(2)
+        covered = [r + side for r, side in zip(reach, sides, strict=True)]
+        is_lesion = grids.cut(labels, low, covered) > 0
+        sums = np.pad(is_lesion, ((1, 0),) * 3).astype(np.int32).cumsum(0).cumsum(1).cumsum(2)
         for axis, side in enumerate(sides):
             sums = np.take(sums, range(side, sums.shape[axis]), axis) - np.take(
                 sums, range(sums.shape[axis] - side), axis
             )
         return np.argwhere(sums == 0) + [first for first, _ in ranges]
 
-    def _cut(
+    def _cut_patch(
         self, image: np.ndarray, labels: np.ndarray, start: tuple[int, int, int], scale: float
     ) -> Patch:
-        size, _ = self._box(scale, self.halo)
-        box_image = torch.from_numpy(self.inputs(image, start, size)).float()
-        box_labels = torch.from_numpy(cut(labels, start, size))
+        """Cut the box that a patch shows at a scale, and resample it to the size of the patch."""
+        size, _ = self._source_box(scale, self.halo)
+        box_image = torch.from_numpy(self.cut(image, start, size)).float()
+        box_labels = torch.from_numpy(grids.cut(labels, start, size))
         if size == self.size:
             return Patch(box_image, box_labels)
         return Patch(
             F.interpolate(box_image[None], self.size, mode="trilinear", align_corners=False)[0],
-            # `nearest-exact` has its grid where `trilinear` has it; `nearest` is shifted.
+            # `nearest-exact` puts its grid points where `trilinear` does; `nearest` shifts them.
             F.interpolate(box_labels[None, None], self.size, mode="nearest-exact")[0, 0],
         )
 
     def _generate_patches(
         self, subject: tio.Subject, num_patches: int | None = None
     ) -> Generator[tio.Subject]:
-        """TorchIO's interface: patches of one subject with `image` and `labels`, in balance."""
+        """Yield patches of one subject with `image` and `labels`; TorchIO's interface."""
         images: Any = subject
         image, labels = images["image"].data.numpy(), images["labels"].data[0].numpy()
         lesion = np.flatnonzero(labels)
@@ -242,16 +287,21 @@ class BalancedSampler(PatchSampler):
 
 
 def as_subject(patch: Patch) -> tio.Subject:
-    """A patch as TorchIO's transforms take it."""
+    """Wrap a patch for TorchIO's transforms, as `image` and `labels`."""
     return tio.Subject(
         image=tio.ScalarImage(tensor=patch.image), labels=tio.LabelMap(tensor=patch.labels[None])
     )
 
 
-def _inside(extent: int, side: int, halo: int = 0) -> tuple[int, int]:
-    """Lowest and highest start of a box whose inner part lies inside an axis.
+def _start_range(extent: int, side: int, halo: int = 0) -> tuple[int, int]:
+    """Return the lowest and the highest start, along one axis, of a box whose output fits in.
 
-    Centred where the inner part is the longer.
+    If its output is longer than the volume, both are the start that centres the box.
+
+    Args:
+        extent: Voxels of the volume.
+        side: Voxels of the box.
+        halo: Voxels at each end of the box that may reach beyond the volume.
     """
     if side - 2 * halo > extent:
         return (extent - side) // 2, (extent - side) // 2

@@ -140,7 +140,8 @@ def volumes_of(run: Path, config: dict[str, Any], part: str) -> Any:  # noqa: AN
     data_set, cache = build(config["data"]["data_set"]), build(config["data"]["cache"])
     names = set(json.loads((run / "split.json").read_text())[part])
     cases = [case for case in data_set.cases() if case.name in names]
-    return Volumes(cache.build(cases, data_set), data_set, build(config["data"]["sampler"]).inputs)
+    mirrored = build(config["data"]["sampler"]).mirrored
+    return Volumes(cache.build(cases, data_set), data_set, mirrored)
 
 
 def seconds_a_volume(

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from datamodules.brats import BraTSMasks
-from datamodules.cases import Case, Compared, DataSet, compared, read_volume
+from datamodules.cases import Case, Compared, DataSet, compared
+from datamodules.nifti import read_volume
 from errors import InputError
 from experiments.tables import markdown, write_csv
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamodules.cases import Case, DataSet, read_volume
+from datamodules.cases import Case, DataSet
+from datamodules.nifti import read_volume
 from errors import InputError
 from experiments.tables import markdown
 
@@ -77,7 +78,8 @@ def likeness(case: Case, data_set: DataSet, radius_mm: float) -> Likeness:
     """
     from scipy.ndimage import affine_transform
 
-    from datamodules.similarity import register, similarity
+    from datamodules.similarity import similarity
+    from datamodules.template import register
 
     if case.mask is None or "t1" not in case.images:
         raise InputError(f"{case.name}: expected t1 and a mask, found {', '.join(case.images)}")

@@ -1,0 +1,366 @@
+"""Preprocessing: from the files of a case to standardised arrays on one grid, and back."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from scipy import ndimage
+
+import grids
+from datamodules.cases import Case, DataSet
+from datamodules.nifti import open_volume, read_volume
+from errors import InputError
+
+SAME_GRID_VOXELS = 0.1  # images of one case may differ by rounding in their headers, not by more
+SAME_SPACING = 1e-3  # relative; closer than this, resampling would only blur
+
+Grid = tuple[tuple[int, ...], np.ndarray]  # shape (3,) and affine (4, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A preprocessed case.
+
+    Attributes:
+        image: (C, X, Y, Z) float16: mean 0 and standard deviation 1 in each modality's foreground,
+            exactly 0 outside it. The channels of the extras follow those of the modalities.
+        labels: (X, Y, Z) uint8, canonical; zeros where the case has no mask.
+        affine: (4, 4), voxel of these arrays to mm, RAS.
+        outside: Canonical label -> number of its voxels, at this spacing, that the crop cut away.
+            Every prediction misses them, and they are counted as missed.
+        extras: What each extra reports about its channels, as JSON, by the extra's name.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    affine: np.ndarray
+    outside: Mapping[int, int]
+    extras: Mapping[str, Mapping[str, Any]]
+
+
+class Extra(Protocol):
+    """Computes channels beyond the modalities from the whole brain, before it is cropped."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All settings, beside the case, that the channels depend on, as JSON."""
+        ...
+
+    def __call__(
+        self, name: str, images: Mapping[str, np.ndarray], affine: np.ndarray
+    ) -> tuple[np.ndarray, Mapping[str, Any]]:
+        """Compute the channels of one case.
+
+        Args:
+            name: Name of the case, for messages.
+            images: Modality -> (X, Y, Z) in the units of the scan, 0 outside the brain.
+            affine: (4, 4), voxel to mm, RAS.
+
+        Returns:
+            Channels (E, X, Y, Z), 0 where they are not defined; facts to keep beside them, as JSON.
+        """
+        ...
+
+
+class Preprocessing:
+    """RAS order, isotropic spacing, z-scores inside the brain, a crop around the brain.
+
+    Args:
+        spacing_mm: Edge of a voxel.
+        crop: "brain" for the bounding box of the brain; or the sides in mm of a box centred on the
+            brain, padded with 0 where it reaches beyond the scan, so that all cases have one shape.
+        extras: Further channels, by name.
+
+    Raises:
+        InputError: An argument has another value; when called, a file cannot be used.
+    """
+
+    def __init__(
+        self,
+        spacing_mm: float,
+        crop: Literal["brain"] | Sequence[float],
+        extras: Mapping[str, Extra] = MappingProxyType({}),
+    ) -> None:
+        if not spacing_mm > 0:
+            raise InputError(f"spacing_mm: expected more than 0, found {spacing_mm}")
+        if isinstance(crop, str) and crop != "brain":
+            raise InputError(f'crop: expected "brain" or three extents in mm, found "{crop}"')
+        if not isinstance(crop, str) and not (
+            len(crop) == 3 and all(extent_mm >= spacing_mm for extent_mm in crop)
+        ):
+            raise InputError(
+                f'crop: expected "brain" or three extents of at least {spacing_mm:g} mm, '
+                f"found {list(crop)}"
+            )
+        self.spacing_mm = float(spacing_mm)
+        self.crop = crop if isinstance(crop, str) else tuple(float(extent) for extent in crop)
+        self.extras = dict(extras)
+
+    def __call__(self, case: Case, data_set: DataSet) -> Volume:
+        """Preprocess one case, with or without a mask."""
+        paths = [case.images[modality] for modality in data_set.modalities]
+        images, affines = zip(*map(read_volume, paths), strict=True)
+        labels = np.zeros(images[0].shape, np.uint8)
+        if case.mask is not None:
+            mask, mask_affine = read_volume(case.mask)
+            paths, affines = [*paths, case.mask], (*affines, mask_affine)
+            _check_same_grid(paths, [*images, mask], affines)
+            labels = data_set.canonical_labels(mask, case)
+        else:
+            _check_same_grid(paths, images, affines)
+
+        foregrounds = [_foreground(image) for image in images]
+        affine = affines[0]
+        if not np.allclose(grids.spacing_mm(affine), self.spacing_mm, rtol=SAME_SPACING):
+            grid = _isotropic_grid(labels.shape, affine, self.spacing_mm)
+            resampled = [
+                _resample_image(image, foreground, affine, grid)
+                for image, foreground in zip(images, foregrounds, strict=True)
+            ]
+            images, foregrounds = zip(*resampled, strict=True)
+            labels = _resample_labels(labels, affine, grid)
+            affine = grid[1]
+
+        start, shape = self._crop_box(np.logical_or.reduce(foregrounds), case)
+        image = np.zeros((len(images), *shape), np.float16)
+        for channel, (modality, voxels, foreground) in enumerate(
+            zip(data_set.modalities, images, foregrounds, strict=True)
+        ):
+            mean, deviation = _moments(voxels[foreground], case.images[modality])
+            z_scores = (grids.cut(voxels, start, shape) - mean) / deviation
+            image[channel] = np.where(grids.cut(foreground, start, shape), z_scores, 0)
+        brains = {
+            modality: _above_background(voxels, foreground)
+            for modality, voxels, foreground in zip(
+                data_set.modalities, images, foregrounds, strict=True
+            )
+            if self.extras  # nothing else needs them
+        }
+        facts = {}
+        for name, extra in self.extras.items():
+            channels, facts[name] = extra(case.name, brains, affine)
+            cropped = grids.cut(channels, start, shape).astype(np.float16)
+            image = np.concatenate([image, cropped])
+        inside = grids.cut(labels, start, shape)
+        offset = np.eye(4)
+        offset[:3, 3] = start
+        return Volume(
+            image=image,
+            labels=inside,
+            affine=affine @ offset,
+            outside={
+                int(label): int((labels == label).sum() - (inside == label).sum())
+                for label in np.unique(labels[labels > 0])
+            },
+            extras=facts,
+        )
+
+    def _crop_box(self, brain: np.ndarray, case: Case) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first voxel of the crop, which may lie outside the volume, and its shape."""
+        box = grids.bounding_box(brain)
+        low = np.array([side.start for side in box])
+        high = np.array([side.stop for side in box])
+        if not (high > low).all():
+            files = ", ".join(str(path) for path in case.images.values())
+            raise InputError(f"{files}: expected a brain, found one value in every voxel")
+        if self.crop == "brain":
+            return low, high - low
+        shape = np.array([round(float(extent) / self.spacing_mm) for extent in self.crop])
+        return (low + high - shape) // 2, shape
+
+
+def restore(array: np.ndarray, affine: np.ndarray, reference: Path) -> np.ndarray:
+    """Bring probabilities from the preprocessed grid back to the grid of an original image.
+
+    Args:
+        array: (R, X, Y, Z), floating point.
+        affine: (4, 4), that of the preprocessed volume.
+        reference: Image file with the wanted grid.
+
+    Returns:
+        (R, X, Y, Z) float32 in the orientation and shape of `reference`; 0 outside the crop.
+
+    Raises:
+        InputError: The reference cannot be read.
+    """
+    original = open_volume(reference)
+    shape, target = original.shape[:3], np.asarray(original.affine)
+    to_array = np.linalg.inv(affine) @ target  # voxel of the original -> voxel of the array
+    rounded = np.round(to_array)
+    shift_voxels = np.abs(_corners(shape) @ (to_array - rounded).T).max()
+    if shift_voxels >= SAME_GRID_VOXELS or round(abs(np.linalg.det(rounded))) != 1:
+        return _resample(array, affine, (shape, target))
+
+    # The two grids have the same voxels in another order, so the values are copied exactly.
+    restored = np.zeros((len(array), *shape), np.float32)
+    axes = np.abs(rounded[:3, :3]).argmax(axis=0)  # axis of the array for each of the original
+    origins, targets = [], []
+    for axis, size in enumerate(shape):
+        index = (rounded[axes[axis], axis] * np.arange(size) + rounded[axes[axis], 3]).astype(int)
+        covered = (index >= 0) & (index < array.shape[1 + axes[axis]])
+        origins.append(index[covered])
+        targets.append(np.flatnonzero(covered))
+    channels = np.arange(len(array))
+    reordered = array.transpose(0, *(1 + axes))
+    restored[np.ix_(channels, *targets)] = reordered[np.ix_(channels, *origins)]
+    return restored
+
+
+def _corners(shape: Sequence[int]) -> np.ndarray:
+    """Return the centres of the eight corner voxels of a volume, homogeneous (8, 4)."""
+    return np.array(
+        [(*np.multiply(unit, np.subtract(shape, 1)), 1) for unit in np.ndindex(2, 2, 2)]
+    )
+
+
+def _check_same_grid(
+    paths: Sequence[Path], volumes: Sequence[np.ndarray], affines: Sequence[np.ndarray]
+) -> None:
+    """Check that all files of a case share one grid, since the first one's affine is used for all.
+
+    Raises:
+        InputError: A shape differs, or a corner voxel lies `SAME_GRID_VOXELS` or more away.
+    """
+    shape = volumes[0].shape
+    for path, volume, affine in zip(paths, volumes, affines, strict=True):
+        if volume.shape != shape:
+            raise InputError(
+                f"{path}: expected the grid of {paths[0]}, "
+                f"found shape {volume.shape} beside {shape}"
+            )
+        shift_mm = np.linalg.norm(_corners(shape) @ (affine - affines[0]).T, axis=1).max()
+        shift_voxels = shift_mm / grids.spacing_mm(affines[0]).min()
+        if shift_voxels >= SAME_GRID_VOXELS:
+            raise InputError(
+                f"{path}: expected the grid of {paths[0]}, found corners {shift_mm:.3g} mm "
+                f"({shift_voxels:.3g} voxels) away"
+            )
+
+
+def _faces(volume: np.ndarray) -> np.ndarray:
+    """Return all voxels on the six faces of a volume (X, Y, Z), flat."""
+    faces = (volume[[0, -1]], volume[:, [0, -1]], volume[:, :, [0, -1]])
+    return np.concatenate([face.ravel() for face in faces])
+
+
+def _foreground(image: np.ndarray) -> np.ndarray:
+    """Find the voxels of the head: those unlike the background, and those that they enclose.
+
+    The background is the value most common on the faces of the volume: 0 in BraTS, but below 0 in
+    images that were z-scored before they were published. Negative voxels inside a brain are tissue,
+    since spline resampling makes them.
+    """
+    values, counts = np.unique(_faces(image), return_counts=True)
+    foreground = image != values[counts.argmax()]
+    if not foreground.any():
+        return foreground
+    box = grids.bounding_box(foreground)
+    # Holes are background that does not reach the faces of the box. This equals
+    # `ndimage.binary_fill_holes`, whose background is 6-connected too, in a third of its time.
+    pieces = np.zeros(foreground[box].shape, np.int32)
+    ndimage.label(~foreground[box], output=pieces)
+    is_open = np.zeros(pieces.max() + 1, bool)
+    is_open[_faces(pieces)] = True
+    is_open[0] = False  # piece 0 is the foreground itself
+    foreground[box] = ~is_open[pieces]
+    return foreground
+
+
+def _above_background(voxels: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+    """Set the background to 0 and shift images with negative tissue so that none is below it."""
+    darkest = min(0, voxels.min(initial=0, where=foreground))
+    return np.where(foreground, voxels - darkest, 0)
+
+
+def _moments(voxels: np.ndarray, path: Path) -> tuple[float, float]:
+    """Return mean and standard deviation of the foreground voxels (N,) of the image at `path`.
+
+    Raises:
+        InputError: There is no voxel, or all have one value.
+    """
+    if voxels.size:
+        mean, deviation = voxels.mean(dtype=np.float64), voxels.std(dtype=np.float64)
+        if deviation > 1e-6 * abs(mean):
+            return float(mean), float(deviation)
+    raise InputError(f"{path}: expected different values in the brain, found one or no brain")
+
+
+def _isotropic_grid(shape: tuple[int, ...], affine: np.ndarray, spacing_mm: float) -> Grid:
+    """Make the largest grid of an isotropic spacing within a volume, centred on it."""
+    zoom = spacing_mm / grids.spacing_mm(affine)
+    # The tolerance makes 30 voxels of 0.1 mm three voxels of 1 mm: by rounding they would be two.
+    new_shape = np.maximum(1, np.floor(shape / zoom + 1e-3)).astype(int)
+    to_old = np.diag([*zoom, 1])
+    to_old[:3, 3] = (np.subtract(shape, 1) - (new_shape - 1) * zoom) / 2
+    return tuple(new_shape.tolist()), affine @ to_old
+
+
+def _resample(
+    channels: Iterable[np.ndarray], affine: np.ndarray, grid: Grid, antialias: bool = True
+) -> np.ndarray:
+    """Interpolate volumes (X, Y, Z) linearly on another grid.
+
+    Args:
+        channels: Volumes on one grid.
+        affine: (4, 4), voxel of the volumes to mm.
+        grid: Target shape and affine.
+        antialias: Smooth with a Gaussian before going to a coarser grid; linear interpolation
+            alone would use 8 voxels around each target and drop the others.
+
+    Returns:
+        (C, X, Y, Z) float32, 0 outside the volumes.
+    """
+    import torch
+    from torchio import ScalarImage
+    from torchio.transforms import Resample
+
+    shape, target = grid
+    zoom = grids.spacing_mm(target).max() / grids.spacing_mm(affine)
+    # The standard deviation of the Gaussian is below zoom / 2, so it does not reach further.
+    margin = np.ceil(2 * zoom).astype(int) + 1
+    resampled = []
+    for voxels in channels:  # one by one: ITK is slower with vector images
+        # Zeros contribute nothing, so only the bounding box of the other voxels is resampled.
+        box = grids.bounding_box(voxels != 0)
+        low = np.maximum([side.start for side in box] - margin, 0)
+        high = np.minimum([side.stop for side in box] + margin, voxels.shape)
+        source = np.ascontiguousarray(voxels[tuple(map(slice, low, high))], np.float32)
+        offset = np.eye(4)
+        offset[:3, 3] = low
+        image = ScalarImage(tensor=torch.from_numpy(source)[None], affine=affine @ offset)
+        smooth = antialias and (zoom > 1.01).any() and min(source.shape) >= 4  # ITK's minimum
+        transform = Resample((shape, target), antialias=bool(smooth), copy=False)
+        resampled.append(transform(image).numpy()[0])
+    return np.stack(resampled)
+
+
+def _resample_image(
+    image: np.ndarray, foreground: np.ndarray, affine: np.ndarray, grid: Grid
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resample an image and its foreground (X, Y, Z) to another grid.
+
+    Intensities are averaged over the foreground only, so that the rim of the brain does not blend
+    with the background, whatever value the background has.
+    """
+    weighted, weight = _resample([image * foreground, foreground], affine, grid)
+    resampled_foreground = weight >= 0.5
+    return weighted / np.where(resampled_foreground, weight, 1), resampled_foreground
+
+
+def _resample_labels(labels: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
+    """Resample labels (X, Y, Z): each voxel takes the label with the largest share of it.
+
+    At a tie the higher label wins, and any label wins over background; if background won, a 2 mm
+    grid would lose a tenth of the oedema. The shares are not smoothed, which would erase small
+    lesions.
+    """
+    values = np.unique(labels[labels > 0])[::-1]
+    if values.size == 0:
+        return np.zeros(grid[0], np.uint8)
+    one_hot = (labels == value for value in values)
+    shares = _resample(one_hot, affine, grid, antialias=False)
+    is_labelled = shares.max(axis=0) >= 1 - shares.sum(axis=0) - 1e-4
+    return np.where(is_labelled, values[shares.argmax(axis=0)], 0).astype(np.uint8)

@@ -3,26 +3,21 @@
 Ends with table 1 and figures 3 to 5 of Frey & Nau 2019.
 """
 
-import logging
-
 import hydra
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
-from errors import InputError
+from experiments.command import command, job
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(config: DictConfig) -> None:
-    try:
+    with job():
         options = OmegaConf.to_container(config, throw_on_missing=True)
         from experiments.evaluation import evaluate  # heavy: not for a typo or `--help`
 
         evaluate(options)  # pyright: ignore[reportArgumentType]
-    except (InputError, MissingMandatoryValue) as error:
-        logging.error(str(error).splitlines()[0])
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

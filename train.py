@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from errors import InputError
+from experiments.command import command, job
 from experiments.run import RunFolder
 from experiments.usage import usage
 
@@ -36,33 +34,21 @@ def count(names: ListConfig, extra: int = 0, times: int = 1) -> int:
     return (len(names) + extra) * times
 
 
+def basename(path: str | None) -> str:
+    """The last part of a path; empty for the run's folder as long as there is none (`--cfg`)."""
+    return os.path.basename(path or "")
+
+
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("count", count, replace=True)
-OmegaConf.register_new_resolver("basename", os.path.basename, replace=True)
+OmegaConf.register_new_resolver("basename", basename, replace=True)
 OmegaConf.register_new_resolver("min", min, replace=True)
-
-USER_ERRORS = (InputError, FloatingPointError, InstantiationException)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float:
-    try:
+    with job():
         return train(config)
-    except USER_ERRORS as error:
-        # In a sweep, Hydra keeps the error for the end and goes on with the other jobs.
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise
-        logging.error(one_line(error))
-        raise SystemExit(1) from None
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error that the user can mend; Hydra wraps those of constructors."""
-    if isinstance(error, InstantiationException):
-        if not isinstance(error.__cause__, ValueError):
-            raise error
-        return str(error.__cause__)
-    return str(error)
 
 
 def train(config: DictConfig) -> float:
@@ -113,4 +99,5 @@ if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv):
         print(usage())
     else:
-        main()
+        with command():
+            main()

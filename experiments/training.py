@@ -89,10 +89,10 @@ def fit_and_test(
         raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         wandb.finish(exit_code=exit_code)  # else the next job of a sweep logs into the same run
-    groups = {group: name for group, name in config["choices"].items() if "/" not in group}
+    chosen = {group: name for group, name in config["choices"].items() if name and "/" not in group}
     return Results(
         run=folder.path.name,
-        choices=groups,
+        choices=dict(sorted(chosen.items())),
         metrics={name: float(value) for name, value in metrics.items()},
         cost=cost,
         epochs=epochs,

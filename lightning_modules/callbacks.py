@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from jaxtyping import Bool, Float, Shaped, UInt8
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
@@ -18,6 +19,8 @@ from lightning_modules.checkpoint import CONFIG_KEY
 from lightning_modules.memory import keep_freed
 from lightning_modules.pictures import busiest_slice, draw_case, plane
 from lightning_modules.segmentation import Batch, SegmentationModule, VolumeBatch
+
+Masks = Any  # what the steps return: predicted masks (B, R, X, Y, Z); Lightning's type is a union
 
 
 class SaveConfig(Callback):
@@ -94,7 +97,7 @@ class LogSlices(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401  (what `score` returns: masks, (B, R, X, Y, Z))
+        outputs: Masks,
         batch: VolumeBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -142,7 +145,7 @@ class CaseTable(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401  (what `score` returns: masks, (B, R, X, Y, Z))
+        outputs: Masks,
         batch: VolumeBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -183,7 +186,7 @@ class CasePictures(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401  (what `score` returns: masks, (B, R, X, Y, Z))
+        outputs: Masks,
         batch: VolumeBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -232,8 +235,10 @@ def regions_of(trainer: pl.Trainer) -> list[str]:
     return list(trainer.datamodule.regions)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def scan_of(trainer: pl.Trainer, image: Tensor, channel: int) -> np.ndarray:
-    """Take one modality (X, Y, Z) from an image (C, X, Y, Z).
+def scan_of(
+    trainer: pl.Trainer, image: Float[Tensor, "c x y z"], channel: int
+) -> Float[np.ndarray, "x y z"]:
+    """Take one modality from an image.
 
     Modalities are the first channels; similarity and mirrored patches come after them.
     """
@@ -241,17 +246,17 @@ def scan_of(trainer: pl.Trainer, image: Tensor, channel: int) -> np.ndarray:
     return as_array(image[: len(modalities)][channel])
 
 
-def as_array(tensor: Tensor) -> np.ndarray:
+def as_array(tensor: Shaped[Tensor, "..."]) -> Shaped[np.ndarray, "..."]:
     return tensor.detach().cpu().numpy()
 
 
-def innermost(regions: np.ndarray) -> np.ndarray:
-    """Turn masks (R, X, Y, Z) into labels (X, Y, Z): 1 + the last region of the voxel, or 0."""
+def innermost(regions: Bool[np.ndarray, "r x y z"]) -> UInt8[np.ndarray, "x y z"]:
+    """Turn masks into labels: 1 + the last region that contains the voxel, or 0."""
     numbers = np.arange(1, len(regions) + 1, dtype=np.uint8)
     return (regions * numbers[:, None, None, None]).max(0)
 
 
-def display_range(values: np.ndarray) -> np.ndarray:
+def display_range(values: Float[np.ndarray, "x y"]) -> UInt8[np.ndarray, "x y"]:
     """Scale intensities between the lowest and the 99.5th percentile to bytes.
 
     The background, which is 0, becomes black.

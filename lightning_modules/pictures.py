@@ -1,13 +1,14 @@
 """Pictures of slices, with the masks of true and predicted regions."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Shaped
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+Volume = Shaped[np.ndarray, "x y z"]
 
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
@@ -15,8 +16,8 @@ PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 REGION_COLOURS = ("#2a9d8f", "#e9c46a", "#e63946", "#457b9d", "#9b5de5")
 
 
-def busiest_slice(mask: np.ndarray, axis: int) -> int:
-    """Find the slice across `axis` with most true voxels of a mask (X, Y, Z).
+def busiest_slice(mask: Volume, axis: int) -> int:
+    """Find the slice across `axis` with most true voxels of a mask.
 
     Returns:
         Its position along the axis; the middle if the mask is empty.
@@ -25,8 +26,8 @@ def busiest_slice(mask: np.ndarray, axis: int) -> int:
     return int(areas.argmax()) if areas.any() else mask.shape[axis] // 2
 
 
-def plane(volume: np.ndarray, axis: int, position: int) -> np.ndarray:
-    """Cut a slice out of a volume (X, Y, Z) in RAS order, turned for display.
+def plane(volume: Volume, axis: int, position: int) -> Shaped[np.ndarray, "row column"]:
+    """Cut a slice out of a volume in RAS order, turned for display.
 
     Up is superior, or anterior in axial slices. Right is right, or anterior in sagittal slices.
     """
@@ -34,9 +35,9 @@ def plane(volume: np.ndarray, axis: int, position: int) -> np.ndarray:
 
 
 def draw_regions(
-    ax: "Axes", regions: Mapping[str, np.ndarray], axis: int, position: int, opacity: float = 0.35
+    ax: Axes, regions: Mapping[str, Volume], axis: int, position: int, opacity: float = 0.35
 ) -> None:
-    """Paint and outline the regions (X, Y, Z), given outermost first, in one slice."""
+    """Paint and outline the regions, given outermost first, in one slice."""
     for mask, colour in zip(regions.values(), REGION_COLOURS, strict=False):
         area = plane(mask, axis, position)
         if area.any():
@@ -44,10 +45,8 @@ def draw_regions(
             ax.contour(area, levels=[0.5], colors=[colour], linewidths=1)
 
 
-def add_legend(figure: "Figure", regions: Iterable[str]) -> None:
+def add_legend(figure: Figure, regions: Iterable[str]) -> None:
     """Add a legend of the regions' colours below a figure with a black background."""
-    from matplotlib.patches import Patch
-
     handles = [
         Patch(color=colour, label=region)
         for region, colour in zip(regions, REGION_COLOURS, strict=False)
@@ -61,20 +60,16 @@ def add_legend(figure: "Figure", regions: Iterable[str]) -> None:
     )
 
 
-def draw_case(
-    image: np.ndarray, rows: Mapping[str, Mapping[str, np.ndarray]], title: str
-) -> "Figure":
+def draw_case(image: Volume, rows: Mapping[str, Mapping[str, Volume]], title: str) -> Figure:
     """Draw a scan in three planes: a row without masks, and one for each set of masks.
 
     The slices are those with most voxels of the outermost region, in the first row that has any.
 
     Args:
-        image: One modality (X, Y, Z) in RAS order.
-        rows: Masks (X, Y, Z) by region, outermost first, for "truth", "prediction", ...
+        image: One modality, in RAS order.
+        rows: Masks by region, outermost first, for "truth", "prediction", ...
         title: Name of the case, or more.
     """
-    from matplotlib.figure import Figure
-
     outermost = [next(iter(regions.values())) for regions in rows.values()]
     shown = next((mask for mask in outermost if mask.any()), outermost[0])
     positions = [busiest_slice(shown, axis) for axis in PLANES.values()]

@@ -1,177 +1,106 @@
-"""Whole volumes from valid convolutions: exact for every shape and tile, on the right voxels."""
+"""Inference on whole volumes: exact for every shape and tile, on the right voxels; ensembles."""
 
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.inference import (
     Ensemble,
     ExactTiles,
+    SlidingWindow,
     WholeVolume,
     halved,
     repeated,
     tile_starts,
 )
-from lightning_modules.networks import DNet, UNet3D
-from lightning_modules.networks.dnet import Extents, Geometry, geometry
+from lightning_modules.networks.dnet import GEOMETRY, DNet
+from lightning_modules.networks.unet import UNet3D
+from tests.lightning_modules.conftest import one_valid_pass
+
+IN_ONE_PASS, IN_TILES = 10**7, 60**3  # voxels at once
 
 
-@pytest.fixture(scope="module")
-def network() -> DNet:
-    """Trained-looking: the statistics and the affine part of its norms are not the initial ones."""
-    torch.manual_seed(0)
-    network = DNet(in_channels=2, filters=8)
-    for part in network.modules():
-        if isinstance(part, nn.BatchNorm3d):
-            part.running_mean.normal_()  # pyright: ignore[reportOptionalMemberAccess]
-            part.running_var.uniform_(0.5, 2)  # pyright: ignore[reportOptionalMemberAccess]
-            part.weight.data.uniform_(0.5, 2)
-            part.bias.data.normal_()
-    return network.eval()
-
-
-def reference(network: DNet, image: Tensor) -> Tensor:
-    """One valid pass over the volume with all of its halo, padded by torch."""
-    halo, stride = network.halo, network.stride
-    x, y, z = (halo + -side % stride for side in image.shape[2:])
-    return network.segment(nn.functional.pad(image, (halo, z, halo, y, halo, x)))
+def at_full_resolution(coarse: Tensor, image: Tensor) -> Tensor:
+    x, y, z = image.shape[2:]
+    return nn.functional.interpolate(coarse, scale_factor=4, mode="nearest")[..., :x, :y, :z]
 
 
 @pytest.mark.parametrize("remainder", list(product(range(4), repeat=3)))
 @torch.inference_mode()
-def test_dense_and_tiled_equal_one_valid_pass_for_every_shape(
-    network: DNet, remainder: tuple[int, int, int]
+def test_one_pass_and_tiles_equal_one_valid_pass_for_every_shape(
+    dnet: DNet, remainder: tuple[int, int, int]
 ):
     shape = [side + more for side, more in zip((4, 4, 8), remainder, strict=True)]
     image = torch.randn(1, 2, *shape)
-    expected = reference(network, image)
+    expected = one_valid_pass(dnet, image)
     assert expected.shape[2:] == tuple(-(-side // 4) for side in shape)
-    for voxels_at_once in (10**7, 60**3):  # whole, and in tiles
-        logits = ExactTiles(geometry(), voxels_at_once)(image, network)
-        assert (logits - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+    for voxels_at_once in (IN_ONE_PASS, IN_TILES):
+        logits = ExactTiles(GEOMETRY, voxels_at_once)(image, dnet)
+        coarse = logits[..., ::4, ::4, ::4]
+        assert (coarse - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+        assert torch.equal(logits, at_full_resolution(coarse, image))
 
 
-@pytest.mark.parametrize("voxels_at_once", [10**7, 64**3, 60**3, 1])
+@pytest.mark.parametrize("voxels_at_once", [IN_ONE_PASS, 64**3, IN_TILES, 1])
 @torch.inference_mode()
 def test_bit_for_bit_where_no_sum_is_rounded(voxels_at_once: int):
-    """Weights of -1, 0 and 1, images of whole numbers: in float64 nothing depends on the order."""
+    """Weights of -1, 0 and 1, images of whole numbers: float64 rounds no sum, in any order."""
     torch.manual_seed(0)
     network = DNet(filters=8, norm=nn.Identity, activation=nn.ReLU).double().eval()
     for weight in network.parameters():
         weight.copy_(torch.randint(-1, 2, weight.shape))
     image = torch.randint(-2, 3, (1, 1, 9, 6, 7)).double()
-    expected = reference(network, image)
+    expected = one_valid_pass(network, image)
     assert expected.abs().max() > 1e3
-    assert torch.equal(ExactTiles(geometry(), voxels_at_once)(image, network), expected)
+    logits = ExactTiles(GEOMETRY, voxels_at_once)(image, network)
+    assert torch.equal(logits, at_full_resolution(expected, image))
+    assert torch.equal(logits[..., ::4, ::4, ::4], expected)
 
 
 @torch.inference_mode()
-def test_float64_stays_within_1e_12_of_one_pass(network: DNet):
+def test_float64_stays_within_1e_12_of_one_pass(dnet: DNet):
     double = DNet(in_channels=2, filters=8).double().eval()
-    double.load_state_dict(network.state_dict())
+    double.load_state_dict(dnet.state_dict())
     image = torch.randn(1, 2, 9, 6, 7, dtype=torch.float64)
-    expected = reference(double, image)
-    for voxels_at_once in (10**7, 60**3):
-        logits = ExactTiles(geometry(), voxels_at_once)(image, double)
-        torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+    expected = one_valid_pass(double, image)
+    full = at_full_resolution(expected, image)
+    for voxels_at_once in (IN_ONE_PASS, IN_TILES):
+        inference = ExactTiles(GEOMETRY, voxels_at_once)
+        coarse = inference.coarse(image, double)
+        torch.testing.assert_close(coarse, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(inference(image, double), full, rtol=1e-12, atol=1e-12)
 
 
-@torch.inference_mode()
-def test_channels_last_is_kept_and_changes_nothing(network: DNet):
-    image = torch.randn(1, 2, 12, 16, 12)
-    last = network.dense(image.contiguous(memory_format=torch.channels_last_3d))
-    torch.testing.assert_close(last, network.dense(image), rtol=1e-4, atol=1e-5)
-
-
-SHAPE = (24, 40, 32)
-
-
-def ball(centre: tuple[int, int, int], radius: float) -> Tensor:
-    grid = torch.stack(torch.meshgrid(*map(torch.arange, SHAPE), indexing="ij"), -1)
-    return torch.linalg.vector_norm(grid - torch.tensor(centre, dtype=torch.float), dim=-1) < radius
-
-
-@pytest.mark.parametrize(
-    "inside",
-    [
-        ball((12, 20, 16), 11),
-        ball((0, 39, 0), 6),
-        ball((2, 3, 4), 2) | ball((22, 35, 28), 3),
-        ball((12, 20, 16), 1),
-        ball((12, 20, 16), 0),
-    ],
-    ids=["brain", "corner", "two", "voxel", "nothing"],
-)
-@torch.inference_mode()
-def test_dense_is_exact_where_part_of_the_volume_is_air(network: DNet, inside: Tensor):
-    image = torch.randn(2, 2, *SHAPE) * inside
-    expected = reference(network, image)
-    error = (network.dense(image) - expected).abs().max()
-    assert error < 1e-5 * max(1, expected.abs().max())
-
-
-@torch.inference_mode()
-def test_dense_leaves_out_the_air(network: DNet):
-    """A small ball costs less than half of its box; nothing at all costs next to nothing."""
-
-    def operations(image: Tensor) -> int:
-        with FlopCounterMode(display=False) as counter:
-            network.dense(image)
-        return counter.get_total_flops()
-
-    image = torch.randn(1, 2, *SHAPE)
-    whole = operations(image)
-    assert operations(image * ball((12, 20, 16), 5)) < whole / 2
-    assert operations(image * 0) < whole / 100
-
-
-def test_extents_by_looking_at_every_voxel():
-    torch.manual_seed(0)
-    volume = (torch.rand(1, 1, 14, 10, 12) < 0.01).float()
-    window = torch.ones(1, 1, 5, 5, 5)
-    convolved = nn.functional.conv3d(nn.functional.pad(volume, (3,) * 6), window)
-    pooled = nn.functional.max_pool3d(convolved, 2)
-    extents = Extents.of(volume).padded(3).convolved(2)
-    for found, features in ((extents, convolved), (extents.pooled(), pooled)):
-        for x in range(features.shape[2]):
-            y, z = found.rectangle(x, x + 1, features.shape[3:])
-            places = features[0, 0, x].nonzero()
-            if not len(places):
-                assert y.start >= y.stop or z.start >= z.stop
-                continue
-            assert [y.start, z.start] == places.amin(0).tolist()
-            assert [y.stop, z.stop] == (places.amax(0) + 1).tolist()
-
-
-class OwnCell(nn.Module):
-    """D-Net's geometry without its context: the highest value of each box."""
+class OwnBox(nn.Module):
+    """D-Net's geometry without its context: predicts the highest value of each box."""
 
     def segment(self, x: Tensor) -> Tensor:
         return nn.functional.max_pool3d(x[..., 26:-26, 26:-26, 26:-26], 4)
 
-    def dense(self, x: Tensor) -> Tensor:
+    def segment_volume(self, x: Tensor) -> Tensor:
         return self.segment(nn.functional.pad(x, (26,) * 6))
 
 
 @pytest.mark.parametrize("voxel", [(0, 0, 0), (3, 4, 7), (8, 11, 12), (13, 9, 14)])
-@pytest.mark.parametrize("voxels_at_once", [10**7, 1])
-def test_a_voxel_lights_its_own_cell(voxel: tuple[int, int, int], voxels_at_once: int):
+@pytest.mark.parametrize("voxels_at_once", [IN_ONE_PASS, 1])
+def test_a_voxel_lights_its_own_box(voxel: tuple[int, int, int], voxels_at_once: int):
     image = torch.zeros(1, 1, 14, 13, 15)
     image[(0, 0, *voxel)] = 1
-    logits = ExactTiles(geometry(), voxels_at_once)(image, OwnCell())
-    assert torch.nonzero(logits[0, 0]).tolist() == [[at // 4 for at in voxel]]
-    full = repeated(logits, 4, image.shape[2:])
+    inference = ExactTiles(GEOMETRY, voxels_at_once)
+    coarse = inference.coarse(image, OwnBox())
+    assert torch.nonzero(coarse[0, 0]).tolist() == [[position // 4 for position in voxel]]
+    full = inference(image, OwnBox())
+    assert torch.equal(full, repeated(coarse, 4, image.shape[2:]))
     assert full.shape == image.shape
     assert full[(0, 0, *voxel)] == 1
-    x, y, z = (4 * (at // 4) for at in voxel)
+    x, y, z = (4 * (position // 4) for position in voxel)
     assert full.sum() == full[..., x : x + 4, y : y + 4, z : z + 4].sum()
 
 
-class SmallMachine(OwnCell):
-    """Runs out of memory as PyTorch does, above a number of voxels."""
+class SmallMachine(OwnBox):
+    """Runs out of memory, as PyTorch does, above a number of voxels."""
 
     def __init__(self, voxels: int) -> None:
         super().__init__()
@@ -185,15 +114,17 @@ class SmallMachine(OwnCell):
 
 def test_tiles_shrink_until_memory_is_enough():
     image = torch.rand(1, 1, 33, 30, 27)
-    expected = ExactTiles(geometry())(image, OwnCell())
-    assert torch.equal(ExactTiles(geometry())(image, SmallMachine(64**3)), expected)
+    inference = ExactTiles(GEOMETRY)
+    coarse, full = inference.coarse(image, OwnBox()), inference(image, OwnBox())
+    assert torch.equal(inference.coarse(image, SmallMachine(64**3)), coarse)
+    assert torch.equal(inference(image, SmallMachine(64**3)), full)
     with pytest.raises(RuntimeError, match="can't allocate"):  # not even one box fits
-        ExactTiles(geometry())(image, SmallMachine(50**3))
+        inference(image, SmallMachine(50**3))
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     with pytest.raises(RuntimeError, match="channels"):
-        ExactTiles(geometry())(torch.rand(1, 3, 8, 8, 8), DNet(in_channels=1).eval())
+        ExactTiles(GEOMETRY)(torch.rand(1, 3, 8, 8, 8), DNet(in_channels=1).eval())
 
 
 def test_tiles_cover_the_grid_and_stay_inside():
@@ -218,11 +149,29 @@ def test_whole_volume_of_any_shape():
     assert torch.equal(logits, network.segment(padded)[..., :19, :16, :30])
 
 
-def test_geometry_of_an_input():
-    assert geometry() == Geometry(halo=26, stride=4)
-    assert geometry().output_side(68) == 4
-    with pytest.raises(ValueError, match=r"expected 52 \+ a multiple of 4, found 70"):
-        geometry().output_side(70)
+class Recorder(nn.Module):
+    """Looks at every voxel by itself, and records the shapes that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def segment(self, x: Tensor) -> Tensor:
+        self.shapes.append(tuple(x.shape))
+        return 2 * x[:, :1]
+
+
+def test_a_single_window_on_a_cpu_is_segmented_as_two():
+    network, image = Recorder(), torch.randn(1, 3, 8, 8, 8)
+    logits = SlidingWindow(8)(image, network)
+    assert network.shapes == [(2, 3, 8, 8, 8)]
+    torch.testing.assert_close(logits, 2 * image[:, :1])
+
+
+def test_windows_overlap_by_their_share():
+    network, image = Recorder(), torch.randn(1, 1, 8, 8, 20)
+    SlidingWindow((8, 8, 8), overlap=0.5, batch_size=4)(image, network)
+    assert network.shapes == [(4, 1, 8, 8, 8)]  # from voxels 0, 4, 8 and 12
 
 
 class Equivariant(nn.Module):
@@ -265,9 +214,8 @@ def test_sixteen_estimates_are_the_mean_by_hand():
     expected = torch.stack(estimates).mean(0)
     torch.testing.assert_close(ensemble(image), expected)
     assert not torch.allclose(expected, members[0](image), atol=1e-2)
-    torch.testing.assert_close(Ensemble(members)(image), torch.stack(
-        [member(image) for member in members]
-    ).mean(0))  # fmt: skip
+    without_flips = torch.stack([member(image) for member in members]).mean(0)
+    torch.testing.assert_close(Ensemble(members)(image), without_flips)
 
 
 def test_half_precision_comes_back_as_float32():
@@ -281,14 +229,14 @@ def test_half_precision_comes_back_as_float32():
 
 
 def test_an_ensemble_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch):
-    """A device of which nothing fits the memory; the rest is real."""
+    """The device has no memory for anything; all else is real."""
     image = torch.randn(1, 1, 4, 4, 4)
     ensemble = Ensemble([Equivariant()])
 
-    def full(device: object) -> Ensemble:
+    def without_memory(device: object) -> Ensemble:
         if str(device) != "cpu":
             raise torch.OutOfMemoryError("out of memory")
         return ensemble
 
-    monkeypatch.setattr(ensemble, "to", full)
-    torch.testing.assert_close(ensemble.on(image, "cuda"), image.sigmoid())
+    monkeypatch.setattr(ensemble, "to", without_memory)
+    torch.testing.assert_close(ensemble.computed_on(image, "cuda"), image.sigmoid())

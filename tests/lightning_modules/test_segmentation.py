@@ -1,7 +1,9 @@
-"""The module between network and trainer: terms, safety, learning, resuming."""
+"""SegmentationModule: terms, safety, learning, whole volumes, and the threshold."""
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -11,16 +13,19 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lightning_modules.inference import SlidingWindow
-from lightning_modules.losses import RegionLoss
+from lightning_modules.losses import AutoencoderLoss, Loss, RegionDice
 from lightning_modules.metrics import RegionMetrics
-from lightning_modules.networks import AEUNet
-from lightning_modules.segmentation import AutoencoderModule, SegmentationModule
+from lightning_modules.networks.aeunet import AEUNet
+from lightning_modules.segmentation import SegmentationModule
 
 Compose = Callable[..., DictConfig]
 
+REGIONS = ["WT", "TC", "ET"]
+DICE = RegionDice(dict.fromkeys(REGIONS, 0.33), REGIONS)
+
 
 class Threshold(nn.Module):
-    """One weight a region: its logit is the channel's intensity times the weight."""
+    """Has one weight for each region: its logit is the channel's intensity times the weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,19 +35,23 @@ class Threshold(nn.Module):
         return x[:, :3] * self.weight
 
 
-def module(network: nn.Module, kind: type[SegmentationModule] = SegmentationModule, **more: float):
-    return kind(
+def module(network: nn.Module, loss: Loss = DICE, **more: Any) -> SegmentationModule:
+    return SegmentationModule(
         network,
-        RegionLoss({"WT": 0.33, "TC": 0.33, "ET": 0.33}),
+        loss,
         partial(torch.optim.Adam, lr=1e-2),
         partial(torch.optim.lr_scheduler.PolynomialLR, total_iters=50, power=0.9),
         SlidingWindow(16),
-        partial(RegionMetrics, ["WT", "TC", "ET"]),
+        partial(RegionMetrics, REGIONS),
         **more,
     )
 
 
-def batch(size: int = 2, side: int = 16) -> dict:
+def autoencoder() -> SegmentationModule:
+    return module(AEUNet(filters=8, patch_size=16, bottleneck=4), AutoencoderLoss(DICE))
+
+
+def patches(size: int = 2, side: int = 16) -> dict[str, Any]:
     torch.manual_seed(0)
     mask = torch.zeros(size, 3, side, side, side, dtype=torch.bool)
     mask[:, :, 4:12, 4:12, 4:12] = True
@@ -50,37 +59,76 @@ def batch(size: int = 2, side: int = 16) -> dict:
     return {"image": image, "mask": mask, "case": [f"case {i}" for i in range(size)]}
 
 
-def test_total_is_equation_4():
-    network = AEUNet(filters=8, patch_size=16, bottleneck=4)
-    terms = module(network, AutoencoderModule, l2_weight=0.1, kl_weight=0.2).terms(batch())  # pyright: ignore
-    assert set(terms) == {"dice_WT", "dice_TC", "dice_ET", "l2", "kl", "loss"}
-    regions = terms["dice_WT"] + terms["dice_TC"] + terms["dice_ET"]
-    total = 0.33 * regions + 0.1 * terms["l2"] + 0.2 * terms["kl"]
-    torch.testing.assert_close(terms["loss"], total)
+def volume(intensity: float = 10) -> dict[str, Any]:
+    """A whole volume whose channels are the regions: `intensity` inside, the negative outside."""
+    batch = patches(1)
+    image = intensity * (2 * batch["mask"].float() - 1)
+    return {
+        "image": torch.cat([image, image[:, :1]], 1),
+        "mask": batch["mask"],
+        "case": ["a"],
+        "outside": torch.zeros(1, 3, dtype=torch.int64),
+        "index": torch.tensor([0]),
+    }
+
+
+def scores_of(module: SegmentationModule, batch: dict[str, Any]) -> dict[str, float]:
+    """Scores that reach the log."""
+    loader = torch.utils.data.DataLoader([{key: value[0] for key, value in batch.items()}])  # pyright: ignore
+    trainer = pl.Trainer(
+        logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
+    )
+    (scores,) = trainer.test(module, loader, verbose=False)
+    return dict(scores)
 
 
 def test_a_term_that_is_not_finite_stops_and_says_where():
-    network = AEUNet(filters=8, patch_size=16, bottleneck=4)
-    broken = batch()
+    broken = patches()
     broken["image"][1, 0, 0, 0, 0] = float("inf")
-    trained = module(network, AutoencoderModule)
-    terms = trained.terms(broken)  # pyright: ignore
+    trained = autoencoder()
     with pytest.raises(FloatingPointError, match=r"l2.* not finite at step 0 .* case 0, case 1"):
-        trained.stop_unless_finite(terms, broken)  # pyright: ignore
-    trained.stop_unless_finite(trained.terms(batch()), batch())  # pyright: ignore
+        trained.training_step(broken, 0)
+    trained.stop_unless_finite(trained.terms(patches()), patches())
 
 
-def test_one_batch_is_learnt():
-    data = batch()  # seeds, too
-    trained = module(AEUNet(filters=8, patch_size=16, bottleneck=4), AutoencoderModule)
-    optimizer = trained.configure_optimizers()["optimizer"]
-    for _ in range(70):
-        terms = trained.terms(data)  # pyright: ignore
+def steps(module: SegmentationModule, batch: dict[str, Any], count: int) -> list[dict[str, Tensor]]:
+    """Terms before each of so many steps on one batch, and after the last."""
+    optimizer = module.configure_optimizers()["optimizer"]
+    history = [module.terms(batch)]
+    for _ in range(count):
         optimizer.zero_grad()
-        terms["loss"].backward()
+        history[-1]["loss"].backward()
         optimizer.step()
-    final = trained.terms(data)  # pyright: ignore
-    assert max(final[f"dice_{region}"] for region in ("WT", "TC", "ET")) < 0.1
+        history.append(module.terms(batch))
+    return history
+
+
+@pytest.mark.process
+def test_one_batch_is_learnt():
+    data = patches()  # seeds too
+    final = steps(autoencoder(), data, 70)[-1]
+    assert max(final[f"dice_{region}"] for region in REGIONS) < 0.1
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "overrides",
+    [["model=dnet", "patches.size=60"], ["model=unet", "model.depth=3", "patches.size=16"]],
+    ids=["dnet", "unet"],
+)
+def test_a_detector_overfits_one_batch(composed: Compose, overrides: list[str]):
+    config = composed(*overrides, "optimizer.lr=1e-2")
+    torch.manual_seed(0)
+    detector = instantiate(config.module, _convert_="all")
+    image = torch.randn(4, 1, *[config.patches.size] * 3)
+    mask = torch.zeros(image.shape, dtype=torch.bool)
+    if config.geometry.halo:
+        mask[:2, :, 26:29, 27:30, 28:31] = True
+    else:
+        mask[:2, :, 5:9, 5:9, 5:9] = True
+    batch = {"image": image + 3 * mask, "mask": mask, "case": ["a"] * 4}
+    losses = [terms["loss"].item() for terms in steps(detector, batch, 20)]
+    assert losses[19] < 0.35 * losses[0]
 
 
 def test_learning_rate_follows_equation_5():
@@ -97,7 +145,7 @@ def test_learning_rate_follows_equation_5():
 
 def test_memory_layout_changes_nothing():
     network = AEUNet(filters=8, patch_size=16, bottleneck=4).eval()
-    image = batch()["image"]
+    image = patches()["image"]
     with torch.no_grad():
         expected = network.segment(image)
         for channels_last in (True, False):
@@ -121,27 +169,56 @@ def test_a_volume_smaller_than_the_window_is_padded():
 
 
 def test_scores_of_whole_volumes_reach_the_log():
-    data = {**batch(1), "outside": torch.zeros(1, 3, dtype=torch.int64), "index": torch.tensor([0])}
-    data["case"] = ["a"]
-    sharp = 20 * data["mask"].float() - 10
-    data["image"] = torch.cat([sharp, sharp[:, :1]], 1)
-    loader = torch.utils.data.DataLoader([{k: v[0] for k, v in data.items()}])  # pyright: ignore
-    trainer = pl.Trainer(
-        logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
-    )
-    (scores,) = trainer.test(module(Threshold()), loader, verbose=False)
+    scores = scores_of(module(Threshold()), volume())
     assert scores["test/dice"] == scores["test/dice_WT"] == 1
     assert scores["test/loss"] < 0.01
 
 
+def test_losses_of_volumes_are_logged_without_the_autoencoder():
+    batch = volume()
+    with torch.no_grad():
+        trained = autoencoder()
+        expected = DICE.on_volume(trained.eval().logits(batch["image"]), batch)["loss"]
+    assert scores_of(trained, batch)["test/loss"] == pytest.approx(expected.item())
+
+
+def test_a_threshold_reaches_both_stages_and_the_masks():
+    trained = module(Threshold())
+    assert trained.threshold == 0.5
+    trained.threshold = 0.75
+    assert trained.threshold == 0.75
+    assert [float(trained.metrics[stage].threshold) for stage in ("val", "test")] == [0.75, 0.75]
+    # Probabilities of sigmoid(10 * 0.05) = 0.62 inside the regions and 0.38 outside.
+    assert scores_of(trained, volume(0.05))["test/dice"] == 0  # nothing is predicted
+    trained.threshold = 0.6
+    assert scores_of(trained, volume(0.05))["test/dice"] == 1
+    trained.threshold = 0.25
+    assert scores_of(trained, volume(0.05))["test/dice"] == pytest.approx(2 * 8**3 / (8**3 + 16**3))
+
+
+def test_the_threshold_is_saved_with_the_weights(tmp_path: Path):
+    trained = module(Threshold())
+    trained.threshold = 0.3125  # exact in float32
+    torch.save(trained.state_dict(), tmp_path / "weights")
+    other = module(Threshold())
+    other.load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
+    assert other.threshold == 0.3125
+    assert all(float(metrics.threshold) == 0.3125 for metrics in other.metrics.values())
+
+
+def test_a_new_epoch_keeps_the_threshold():
+    """Metrics are reset after every validation, but the threshold is no count."""
+    trained = module(Threshold())
+    trained.threshold = 0.25
+    for metrics in trained.metrics.values():
+        metrics.reset()
+    assert trained.threshold == 0.25
+
+
 @pytest.mark.parametrize("amp", ["32-true", "bf16-mixed"])
-def test_precision_is_a_choice(amp: str, composed: Compose):
-    """Every term stays finite and float32 in mixed precision."""
-    config = composed(
-        f"trainer.precision={amp}", "data.sampler.patch_size=16", "model.bottleneck=4"
-    )
+def test_terms_are_finite_and_float32_in_every_precision(amp: str, composed: Compose):
+    config = composed(f"trainer.precision={amp}", "patches.size=16", "model.bottleneck=4")
     trained = instantiate(config.module, _convert_="all")
-    enabled = amp != "32-true"
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-        terms = trained.terms(batch())
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp != "32-true"):
+        terms = trained.terms(patches())
     assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())

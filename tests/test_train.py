@@ -1,7 +1,6 @@
 """From the command line to weights, scores, pictures and Weights & Biases, on tiny real files."""
 
 import csv
-import ctypes
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from PIL import Image
 
 import train
 from errors import InputError
-from lightning_modules import callbacks, checkpoint, memory
+from lightning_modules import checkpoint
 from tests.conftest import ROOT
 
 Compose = Callable[..., DictConfig]
@@ -219,19 +218,3 @@ def test_the_line_is_all_that_the_command_prints_of_an_error(tiny: list[str]):
 def test_trainers_for_finding_bugs(composed: Compose, tiny: list[str], trainer: str):
     config = composed(*tiny, "logger=csv", f"trainer={trainer}")
     assert 0 <= train.train(config) <= 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
-def test_freed_memory_is_kept_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
-    """The C library takes every setting: it answers 1 to those that it knows."""
-    mallopt, answers = ctypes.CDLL(None).mallopt, []
-
-    class Library:
-        @staticmethod
-        def mallopt(parameter: int, value: int) -> None:
-            answers.append(mallopt(parameter, value))
-
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Library)
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    callbacks.KeepFreedMemory().setup(trainer, pl.LightningModule(), "fit")
-    assert answers == [1] * len(memory.SETTINGS)

@@ -31,7 +31,7 @@ class VolumeBatch(Batch):
     """Whole volumes, for validation and testing."""
 
     outside: Int[Tensor, "b r"]  # number of true voxels that the crop has cut off
-    index: Int[Tensor, " b"]  # of the case in the data set
+    index: Int[Tensor, " b"]  # position of the case in the data set
 
 
 class SegmentationModule(pl.LightningModule):

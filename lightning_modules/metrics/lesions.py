@@ -22,7 +22,7 @@ from grids import components
 from lightning_modules.metrics.cases import CaseMetrics
 from lightning_modules.networks.geometry import Geometry
 
-# Equal steps of the logit, from a probability of 0.018 to one of 0.999994. They reach so far up
+# Probabilities from 0.018 to 0.999994, in equal steps of the logit. The highest is so near to 1
 # because a network that was trained with lesions in half of its patches overestimates their
 # probability in whole volumes.
 THRESHOLDS = tuple(float(1 / (1 + np.exp(-logit))) for logit in np.linspace(-4, 12, 49))
@@ -120,8 +120,9 @@ def _count(
         (overlap[hit], (lesion[hit], component[hit] - 1)), shape=(len(volume), predictions)
     ).tocsr()
     table.sum_duplicates()
-    touched_by = np.diff(table.indptr)  # components that touch each lesion
-    touches = np.bincount(table.indices, minlength=predictions)  # lesions that each touches
+    # Number of components that touch each lesion, and of lesions that each component touches.
+    touched_by = np.diff(table.indptr)
+    touches = np.bincount(table.indices, minlength=predictions)
     shares = np.array([(touches[table.indices[a:b]] > 1).any() for a, b in _rows(table.indptr)])
     size = np.bincount(component_of.ravel(), box_voxels.ravel(), minlength=predictions + 1)[1:]
     found = touched_by > 0

@@ -103,9 +103,8 @@ def features_against_background(
         lost = lost_per_block * len(blocks)
         needed -= lost
         differs = ring + lost  # how far beyond the volume the output can differ from the constant
-        kept = min(
-            needed, differs + differs % 2
-        )  # even, so that no pooled voxel straddles the edge
+        # Even, so that no voxel of the next level straddles the edge of the volume.
+        kept = min(needed, differs + differs % 2)
         width = kept + lost - ring
         x, extents = _surrounded(x, background, width), extents.padded(width)
         for block in blocks:

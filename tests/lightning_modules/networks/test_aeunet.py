@@ -67,7 +67,7 @@ def test_every_choice_runs_and_every_weight_learns(
 
 
 def test_autoencoder_has_its_own_decoder():
-    """As in figure 1; MONAI's SegResNetVAE reconstructs with the decoder of the segmentation."""
+    """Figure 1 has two decoders; MONAI's SegResNetVAE has one for segmentation and input."""
     network = AEUNet(filters=8, patch_size=16, bottleneck=4)
     network(torch.randn(1, 4, 16, 16, 16)).reconstruction.sum().backward()
     assert all(p.grad is None for p in network.decoder.parameters())

@@ -96,9 +96,9 @@ def retest(run: Path, target_fp: float | None = None) -> Tested:
             validation cases.
     """
     import torch
+    from lightning_modules.results import Results
 
     from lightning_modules.checkpoint import load
-    from lightning_modules.results import Results
 
     results = Results.read(run)
     module, config = load(run / results.checkpoint)
@@ -324,11 +324,11 @@ def write_report(folder: Path, target_fp: float | None = None) -> Path:
         raise InputError(f"{folder}: no finished run found; expected */results.json")
 
     import torch
+    from lightning_modules.results import Results
     from rich.progress import track
 
     from lightning_modules.checkpoint import read
     from lightning_modules.memory import keep_freed
-    from lightning_modules.results import Results
 
     keep_freed()
     tests = {run: json.loads((run / "split.json").read_text())["test"] for run in runs}

@@ -25,10 +25,10 @@ from experiments.tables import markdown, write_csv
 from hydra_plugins.one_factor_sweeper import BASELINE, PLAN_NAME
 
 if TYPE_CHECKING:
+    from lightning_modules.results import Results
     from matplotlib.figure import Figure
 
     from experiments.statistics import Comparison
-    from lightning_modules.results import Results
 
 TEMPLATE = "null_report.html.jinja"
 VERDICT_COLOURS = {"different": "#d1495b", "equivalent": "#2a9d8f", "undecided": "#8d99ae"}

@@ -1,9 +1,10 @@
 """`hydra/sweeper=one_factor`: a baseline, and every other level of every factor by itself.
 
-The first value of every swept key is the baseline's. A cell differs from the baseline in one
-factor; all cells are repeated for every `seed`. Before the first cell starts, the plan is written
-beside the runs (`plan.json`): which cells there are, and the margin that the report will judge
-them by. Hydra finds sweepers in packages called `hydra_plugins` only, hence this folder.
+Every swept key is a factor, and the first of its values is the baseline's. A cell differs from the
+baseline in one factor; all cells are repeated for every `seed`. `factors=norm,model.depth` keeps
+the other factors at their baseline. Before the first cell starts, the plan is written beside the
+runs (`plan.json`): which cells there are, and the margin that the report will judge them by. Hydra
+finds sweepers in packages called `hydra_plugins` only, hence this folder.
 """
 
 import json
@@ -22,14 +23,17 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
+from files import write_json
+
 PLAN_NAME = "plan.json"
 BASELINE = "baseline"
 SEED = "seed"
+FACTORS = "factors"
 
 
 @dataclass
 class OneFactorSweeperConf:
-    """Options of `hydra.sweeper`, as of Hydra's own sweeper."""
+    """The options of Hydra's own sweeper."""
 
     _target_: str = "hydra_plugins.one_factor_sweeper.OneFactorSweeper"
     max_batch_size: int | None = None
@@ -42,9 +46,9 @@ ConfigStore.instance().store(
 
 
 class OneFactorSweeper(BasicSweeper):
-    """Makes the jobs of Hydra's own sweeper another way, and writes them down."""
+    """Hydra's own sweeper with other jobs, which it writes down before the first starts."""
 
-    def sweep(self, arguments: list[str]) -> Any:  # noqa: ANN401  (as of the parent)
+    def sweep(self, arguments: list[str]) -> Any:  # noqa: ANN401  (the parent's)
         """Launch all cells of `hydra.sweeper.params` and the command line's overrides."""
         self.command = shlex.join(["python", "train.py", *arguments])
         return super().sweep(arguments)
@@ -52,9 +56,14 @@ class OneFactorSweeper(BasicSweeper):
     def split_arguments(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        """Batches of jobs, a job a list of overrides; seed by seed, so that half is balanced."""
+        """Batches of jobs, each a list of overrides.
+
+        All cells of a seed come before the next seed, so that a sweep that is stopped half-way has
+        as many runs of every cell.
+        """
         levels = {override.get_key_element(): values_of(override) for override in overrides}
         seeds = levels.pop(SEED, ["0"])
+        levels = only(levels.pop(FACTORS, None), levels)
         jobs = [
             [f"{key}={value}" for key, value in {**values, SEED: seed}.items()]
             for seed in seeds
@@ -86,6 +95,21 @@ class OneFactorSweeper(BasicSweeper):
         )
 
 
+def only(factors: list[str] | None, levels: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Keep all levels of the factors named, and the baseline's of all others; None names all.
+
+    Raises:
+        CompactHydraException: A factor that has no levels.
+    """
+    if factors is None:
+        return levels
+    if unknown := [factor for factor in factors if factor not in levels]:
+        raise CompactHydraException(
+            f"{FACTORS}: expected some of {', '.join(levels)}, found {', '.join(unknown)}"
+        )
+    return {key: values if key in factors else values[:1] for key, values in levels.items()}
+
+
 def values_of(override: Override) -> list[str]:
     """The values that an override sweeps over, or its only one."""
     if override.is_discrete_sweep():
@@ -98,7 +122,7 @@ def values_of(override: Override) -> list[str]:
 
 
 def cells(levels: dict[str, list[str]]) -> Iterator[dict[str, str]]:
-    """The baseline, then the baseline with one factor changed; each says what it is."""
+    """The overrides of the baseline, then of every cell; `cell` says which one it is."""
     baseline = {key: values[0] for key, values in levels.items()}
     yield {**baseline, "cell.factor": BASELINE, "cell.level": BASELINE}
     for key, (_, *others) in levels.items():
@@ -107,7 +131,7 @@ def cells(levels: dict[str, list[str]]) -> Iterator[dict[str, str]]:
 
 
 def add_to_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Write a plan; sweeps with the same baseline and margin share one, and so their runs.
+    """Write a plan. Sweeps with the same baseline and margin share a plan, and so their runs.
 
     Raises:
         CompactHydraException: The file has another baseline or another margin.
@@ -116,13 +140,11 @@ def add_to_plan(path: Path, plan: dict[str, Any]) -> None:
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.is_file():
             plan = merged(json.loads(path.read_text()), plan, path)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(plan, indent=1) + "\n")
-        partial.replace(path)
+        write_json(path, plan)
 
 
 def merged(earlier: dict[str, Any], plan: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What stands in the file, and the cells that are new; raises as `add_to_plan`."""
+    """Add the new cells of a plan to the one in the file; raises what `add_to_plan` raises."""
     if earlier["report"] != plan["report"]:
         raise CompactHydraException(
             f"{path}: report is {earlier['report']} there and {plan['report']} here; what was "
@@ -144,5 +166,5 @@ def merged(earlier: dict[str, Any], plan: dict[str, Any], path: Path) -> dict[st
 
 
 def baselines(plan: dict[str, Any]) -> dict[int, str]:
-    """Seed -> run of the baseline."""
+    """Run of the baseline by seed."""
     return {cell["seed"]: cell["run"] for cell in plan["cells"] if cell["factor"] == BASELINE}

@@ -1,4 +1,4 @@
-"""`hydra/launcher=slurm`: submitit's launcher, whose jobs are requeued from one process, for good.
+"""`hydra/launcher=slurm`: submitit's launcher, with jobs that only one process requeues.
 
 Hydra finds launchers in packages called `hydra_plugins` only.
 """
@@ -15,15 +15,15 @@ with contextlib.suppress(ModuleNotFoundError):  # Hydra imports all of its plugi
     class RequeuingSlurmLauncher(SlurmLauncher):
         """Puts a job that runs out of time back into the queue; `train.py` resumes it.
 
-        Before the time-out Slurm sends SIGUSR2, and submitit's handler requeues the job. That
-        leaves two ways to lose it, on clusters that signal all processes of a job: workers that
-        load data have inherited the handler and requeue as well, at the same moment; and then
-        submitit raises SystemExit, while Slurm already ends what the run would need for a clean
-        end (its workers, W&B's service), so that the exit becomes an error, and the sweep takes
-        the job for a failed one. Hence: the first process only, and an end as if killed.
+        Before the time-out Slurm sends SIGUSR2, and submitit's handler requeues the job. On
+        clusters that signal all processes of a job, that can lose the job in two ways. Workers that
+        load data have inherited the handler, and requeue the job too, at the same moment. And the
+        SystemExit that submitit raises can turn into an error while Slurm ends the processes that
+        a clean end of the run would need, so that the sweep takes the job for a failed one. So here
+        only the job's first process requeues, and it exits with `os._exit(1)`, as if killed.
         """
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (as of the parent)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (the parent's)
             """Run the job, in the process that Slurm started for it."""
             requeue, job = signal.getsignal(signal.SIGUSR2), os.getpid()
 
@@ -31,7 +31,7 @@ with contextlib.suppress(ModuleNotFoundError):  # Hydra imports all of its plugi
                 if os.getpid() == job and callable(requeue):
                     try:
                         requeue(number, frame)
-                    except SystemExit:  # it is in the queue; else there is another error, or none
+                    except SystemExit:  # the job is in the queue, or the requeueing failed
                         os._exit(1)
 
             signal.signal(signal.SIGUSR2, requeue_and_end)

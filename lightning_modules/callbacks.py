@@ -1,8 +1,8 @@
-"""What a run leaves behind beside its weights: its configuration, rows, slices and pictures."""
+"""What happens around training: seeds, thresholds, and what a run leaves behind for its reader."""
 
 import csv
-import os
 from collections.abc import Iterable, Iterator, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
+from files import write_text
 from lightning_modules.checkpoint import CONFIG_KEY
 from lightning_modules.memory import keep_freed
 from lightning_modules.pictures import busiest_slice, draw_case, plane
@@ -20,7 +21,7 @@ from lightning_modules.segmentation import Batch, SegmentationModule, VolumeBatc
 
 
 class SaveConfig(Callback):
-    """Puts the resolved configuration into every checkpoint; `checkpoint.load` reads it."""
+    """Puts the resolved configuration into every checkpoint, where `checkpoint.load` reads it."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = dict(config)
@@ -52,11 +53,35 @@ class KeepFreedMemory(Callback):
             keep_freed()
 
 
+class ChooseThreshold(Callback):
+    """Chooses the operating point of a detector after every validation, on the validation cases.
+
+    The threshold finds the most lesions with at most `target_fp` false positives a patient. It is
+    stored in checkpoints with the weights that it was chosen for; test scores are taken at it.
+
+    Args:
+        target_fp: False positives a patient on the validation cases.
+    """
+
+    def __init__(self, target_fp: float) -> None:
+        self.target_fp = target_fp
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning calls this before the module's own hook, which computes the scores.
+        assert isinstance(pl_module, SegmentationModule)
+        report = pl_module.metrics["val"].report()
+        pl_module.threshold = report.best_threshold(self.target_fp)
+
+
 class LogSlices(Callback):
-    """Logs the slice with most tumour of the first validation cases, with both masks, to W&B."""
+    """Logs the slice with most tumour of the first validation cases, with both masks, to W&B.
+
+    Args:
+        cases: Number of cases.
+        channel: Modality to show, by its place; the last one of BraTS is FLAIR.
+    """
 
     def __init__(self, cases: int = 3, channel: int = -1) -> None:
-        """Take the first `cases` cases, and this channel of their images (the last: FLAIR)."""
         self.cases = cases
         self.channel = channel
 
@@ -96,7 +121,11 @@ class LogSlices(Callback):
 
 
 class CaseTable(Callback):
-    """Writes a row for every test case: its scores as CSV and as a W&B table."""
+    """Writes the scores of every test case, as CSV and as a W&B table.
+
+    Args:
+        path: The CSV file.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -116,28 +145,31 @@ class CaseTable(Callback):
         self.names.update(zip(batch["index"].tolist(), batch["case"], strict=True))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Called before the module's own hook, which starts its metrics anew.
+        # Lightning calls this before the module's own hook, which resets its metrics.
         assert isinstance(pl_module, SegmentationModule)
-        by_case = pl_module.case_rows("test")
+        by_case = pl_module.metrics["test"].rows()
         columns = ["case", *next(iter(by_case.values()))]
         rows = [
             [self.names[index], *(round(value, 6) for value in scores.values())]
             for index, scores in by_case.items()
         ]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
-        partial.replace(self.path)
+        text = StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        write_text(self.path, text.getvalue())
         for logger in wandb_loggers(trainer):
             logger.log_table("test/cases", columns=columns, data=rows)
 
 
 class CasePictures(Callback):
-    """Draws test cases, truth and prediction in three planes, to PNG and to W&B."""
+    """Draws truth and prediction of the first test cases in three planes, to PNG and to W&B.
+
+    Args:
+        folder: Folder of the pictures, made where missing.
+        cases: Number of cases.
+        channel: Modality to show, by its place; the last one of BraTS is FLAIR.
+    """
 
     def __init__(self, folder: str | Path, cases: int, channel: int = -1) -> None:
-        """Draw the first `cases` cases, on this channel of their images (the last: FLAIR)."""
         self.folder = Path(folder)
         self.cases = cases
         self.channel = channel
@@ -168,15 +200,20 @@ class CasePictures(Callback):
                 logger.log_image("test/pictures", [str(path)], caption=[case])
 
 
-def summarise_best(trainer: pl.Trainer, regions: Iterable[str]) -> None:
+def summarise_best(trainer: pl.Trainer, scores: Iterable[str]) -> None:
     """Let a run's summary in W&B, and so the table of runs, show its best validation scores.
 
-    By default it is the last: what a run ended with, and not the checkpoint that is tested. By
-    name: of two patterns, Lightning's `*` would win.
+    By default it shows the last ones: those that the run ended with, and not those of the
+    checkpoint that is tested. Scores are listed by name because Lightning defines the pattern `*`,
+    and of two patterns W&B takes the first.
+
+    Args:
+        trainer: Has the loggers.
+        scores: Validation scores that are better if they are higher, without `val/`.
     """
-    scores = {"val/dice": "max", **{f"val/dice_{region}": "max" for region in regions}}
+    summaries = {**{f"val/{score}": "max" for score in scores}, "val/loss": "min"}
     for logger in wandb_loggers(trainer):
-        for metric, summary in {**scores, "val/loss": "min"}.items():
+        for metric, summary in summaries.items():
             logger.experiment.define_metric(
                 metric, step_metric="trainer/global_step", summary=summary
             )
@@ -187,13 +224,13 @@ def wandb_loggers(trainer: pl.Trainer) -> Iterator[WandbLogger]:
 
 
 def regions_of(trainer: pl.Trainer) -> list[str]:
-    return list(trainer.lightning_module.loss.regions)  # pyright: ignore
+    return list(trainer.datamodule.regions)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def scan_of(trainer: pl.Trainer, image: Tensor, channel: int) -> np.ndarray:
-    """One modality (X, Y, Z) of an image; what else a network sees stands behind the modalities."""
-    data_set = trainer.datamodule.data_set  # pyright: ignore[reportAttributeAccessIssue]
-    return as_array(image[: len(data_set.modalities)][channel])
+    """One modality (X, Y, Z) of an image; other channels are stacked behind the modalities."""
+    modalities = trainer.datamodule.modalities  # pyright: ignore[reportAttributeAccessIssue]
+    return as_array(image[: len(modalities)][channel])
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -201,13 +238,13 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 
 def innermost(regions: np.ndarray) -> np.ndarray:
-    """Masks (R, X, Y, Z) as one map: 0, or 1 + the last region that a voxel belongs to."""
+    """One map (X, Y, Z) of masks (R, X, Y, Z): 0, or 1 + the last region that has the voxel."""
     numbers = np.arange(1, len(regions) + 1, dtype=np.uint8)
     return (regions * numbers[:, None, None, None]).max(0)
 
 
 def display_range(values: np.ndarray) -> np.ndarray:
-    """Intensities as bytes, from the darkest to the 99.5th percentile; nothing (0) is black."""
+    """Scale intensities to bytes, the darkest to the 99.5th percentile; the background is black."""
     low, high = values.min(), np.percentile(values, 99.5)
     values = np.where(values == 0, low, values)
     return (255 * np.clip((values - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)

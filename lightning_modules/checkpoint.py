@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
-from pytorch_lightning import LightningModule
 
 from errors import InputError
 from lightning_modules.inference import Ensemble
-from lightning_modules.results import Results, is_finished
+from lightning_modules.segmentation import SegmentationModule
 
 CONFIG_KEY = "config"
 
@@ -27,12 +26,12 @@ SHARED = {
 class Loaded(NamedTuple):
     """A module in evaluation mode, and the configuration of the run that trained it."""
 
-    module: LightningModule
+    module: SegmentationModule
     config: dict[str, Any]
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU, without running code that it contains.
+    """Read the content of a checkpoint file, on the CPU, without unpickling code in it.
 
     Raises:
         InputError: No such file, no checkpoint, or one that this repository has not written.
@@ -56,7 +55,8 @@ def load(path: str | Path) -> Loaded:
     """Rebuild a module from its checkpoint alone.
 
     Raises:
-        InputError: As `read`, or weights that do not fit the configuration beside them.
+        InputError: A file that `read` refuses, or weights that do not fit the configuration beside
+            them.
     """
     content = read(path)
     config = content[CONFIG_KEY]
@@ -71,28 +71,8 @@ def load(path: str | Path) -> Loaded:
     return Loaded(module.eval(), config)
 
 
-def find(given: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Checkpoints: files as they are, of a run's folder the best, of a sweep's those of its runs.
-
-    Raises:
-        InputError: A folder without a finished run, or nothing at all.
-    """
-    found: list[Path] = []
-    for path in map(Path, [given] if isinstance(given, str | Path) else given):
-        if not path.is_dir():
-            found.append(path)
-            continue
-        runs = [run for run in (path, *sorted(path.iterdir())) if is_finished(run)]
-        if not runs:
-            raise InputError(f"{path}: expected a finished run, or a folder of such, found none")
-        found += [run / Results.read(run).checkpoint for run in runs]
-    if not found:
-        raise InputError("checkpoint: expected one or more, found none")
-    return found
-
-
 def fingerprint(path: Path) -> str:
-    """Name and content of a checkpoint in one line; the same wherever its run's folder lies."""
+    """Tell a checkpoint from others in one line, by name and content, wherever its folder lies."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     return f"{path.parent.name}/{path.name} {digest}"
@@ -103,14 +83,15 @@ def load_ensemble(
     flip_axes: Sequence[int] = (),
     precision: torch.dtype = torch.float32,
 ) -> tuple[Ensemble, dict[str, Any]]:
-    """The networks of several checkpoints as one, and the configuration of the first.
+    """Load the networks of several checkpoints as one; returns the configuration of the first too.
 
     Args:
         paths: At least one checkpoint.
-        flip_axes, precision: Of the `Ensemble`.
+        flip_axes: Axes of the mirror images that an `Ensemble` averages over.
+        precision: Precision of the networks.
 
     Raises:
-        InputError: As `load`; networks that see or find different things.
+        InputError: A checkpoint that `load` refuses; networks that see or find different things.
     """
     members = [load(path) for path in paths]
     first = members[0].config
@@ -127,7 +108,7 @@ def load_ensemble(
 
 
 def build(node: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever `_target_` names)
-    """What a part of a checkpoint's configuration describes: its data set, its cache, ..."""
+    """Build a part of a checkpoint's configuration: its data set, its cache, ..."""
     return instantiate(node, _convert_="all")
 
 

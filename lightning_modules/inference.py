@@ -1,7 +1,7 @@
 """From patches to whole volumes.
 
-An inference is called with an image (B, C, X, Y, Z) of any size and a network, and returns the
-logits of all of it.
+An inference is called with an image (B, C, X, Y, Z) of any size and a network, and returns logits
+(B, R, X, Y, Z) of all of it at full resolution, whatever grid the network predicts on.
 """
 
 import logging
@@ -13,12 +13,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
-from lightning_modules.networks.dnet import Geometry
+from lightning_modules.networks.geometry import Geometry
 
-Network = Any  # has `segment`, the logits of patches, and what an inference says that it asks for
+Network = Any  # has `segment`, the logits of patches, and what else an inference says it calls
 Inference = Callable[[Tensor, Network], Tensor]
 
 
@@ -29,7 +30,7 @@ class SlidingWindow:
         patch_size: Side of the window in voxels, one number or three. A window of the training
             patches' size keeps the context that the network has learnt to use.
         overlap: Share of a window that its neighbour covers too.
-        batch_size: Windows a forward pass.
+        batch_size: Number of windows in a forward pass.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class SlidingWindow:
         self.overlap = overlap
         self.batch_size = batch_size
 
-    def __call__(self, image: Tensor, network: Network) -> Tensor:
-        """Logits (B, R, X, Y, Z)."""
+    def __call__(
+        self, image: Float[Tensor, "b c x y z"], network: Network
+    ) -> Float[Tensor, "b r x y z"]:
         logits = sliding_window_inference(
             image,
             roi_size=self.patch_size,
@@ -66,11 +68,12 @@ def _never_alone(windows: Tensor, segment: Callable[[Tensor], Tensor]) -> Tensor
 class WholeVolume:
     """One pass over the volume, zero padded at its far ends; for networks that pad.
 
-    The network's `divisor` divides the sides that it takes.
+    The network has a `divisor`, which must divide the sides of its input.
     """
 
-    def __call__(self, image: Tensor, network: Network) -> Tensor:
-        """Logits (B, R, X, Y, Z)."""
+    def __call__(
+        self, image: Float[Tensor, "b c x y z"], network: Network
+    ) -> Float[Tensor, "b r x y z"]:
         x, y, z = image.shape[2:]
         return network.segment(_padded(image, before=0, multiple=network.divisor))[..., :x, :y, :z]
 
@@ -78,30 +81,38 @@ class WholeVolume:
 class ExactTiles:
     """A valid-convolution network over a volume: what one pass over all of it would give.
 
-    Around the volume are zeros, as around patches at its border in training. One pass if that
-    fits, else tiles that are cut from the *output*: each is computed from its own voxels and
-    their halo, so that no value depends on how the output was cut. (MONAI's sliding window takes
-    a smaller output for a coarser one and stretches it over the window; TorchIO's aggregator
-    raises.)
+    Around the volume are zeros, as around patches at its border in training. The volume is computed
+    in one pass if that fits, else in tiles that are cut from the *output*: each is computed from
+    its own voxels and their halo, so that no value depends on how the output was cut. A coarse
+    output comes to full resolution by repetition (Krivov & Belyaev 2018, section 2.2). (MONAI's
+    sliding window takes a smaller output for a coarser one and stretches it over the window;
+    TorchIO's aggregator raises.)
 
-    The network has `dense`: the one pass, around which it knows zeros to be.
+    The network has `segment_volume`: the one pass, without a halo around the volume.
 
     Args:
         geometry: Halo and stride of the network.
-        voxels_at_once: Input voxels of a pass, at most. Where memory runs out all the same, tiles
-            are halved until it does not.
+        voxels_at_once: The largest number of input voxels in a pass. Where memory runs out all the
+            same, tiles are halved until it does not.
     """
 
     def __init__(self, geometry: Geometry, voxels_at_once: int = 10_000_000) -> None:
         self.geometry = geometry
         self.voxels_at_once = voxels_at_once
 
-    def __call__(self, image: Tensor, network: Network) -> Tensor:
-        """Logits (B, R, ⌈X / stride⌉, ⌈Y / stride⌉, ⌈Z / stride⌉)."""
+    def __call__(
+        self, image: Float[Tensor, "b c x y z"], network: Network
+    ) -> Float[Tensor, "b r x y z"]:
+        return repeated(self.coarse(image, network), self.geometry.stride, image.shape[2:])
+
+    def coarse(
+        self, image: Float[Tensor, "b c x y z"], network: Network
+    ) -> Float[Tensor, "b r x_ y_ z_"]:
+        """Logits on the network's own grid, whose sides are those of the image over the stride."""
         halo, stride = self.geometry
         if image[0, 0].numel() <= self.voxels_at_once:
             with suppress_out_of_memory("smaller tiles"):
-                return network.dense(_padded(image, before=0, multiple=stride))
+                return network.segment_volume(_padded(image, before=0, multiple=stride))
         grid = [math.ceil(side / stride) for side in image.shape[2:]]
         padded = _padded(image, before=halo, multiple=stride)
         tile = list(grid)
@@ -136,12 +147,13 @@ class ExactTiles:
 class Ensemble:
     """Mean probability over networks and mirror images: 8 flips x 2 models, 16 estimates (2.3).
 
-    Sums as it goes, so that any number of estimates takes the memory of two.
+    It adds up estimates as they come, so that any number of them takes the memory of two.
 
     Args:
-        members: Modules that give probabilities (B, R, X, Y, Z) of images (B, C, X, Y, Z).
-        flip_axes: Mirror along every subset of these axes of a volume, and turn back.
-        precision: Of the networks; half precisions are those of autocast.
+        members: Modules that turn images (B, C, X, Y, Z) into probabilities (B, R, X, Y, Z).
+        flip_axes: The image is mirrored along every subset of these axes of a volume, and the
+            estimate is mirrored back.
+        precision: Precision of the networks; half precisions are those of autocast.
     """
 
     def __init__(
@@ -157,18 +169,18 @@ class Ensemble:
 
     @property
     def estimates(self) -> int:
-        """How many are averaged."""
+        """Number of estimates that are averaged."""
         return len(self.members) * len(self.flips)
 
     def to(self, device: torch.device | str) -> "Ensemble":
-        """Moves all members; returns itself."""
+        """Move all members to a device; returns itself."""
         for member in self.members:
             member.to(device)
         return self
 
     @torch.inference_mode()
-    def __call__(self, image: Tensor) -> Tensor:
-        """Probabilities (B, R, X, Y, Z) in float32, on the device of the image."""
+    def __call__(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
+        """Probabilities in float32, on the device of the image."""
         half = self.precision is not torch.float32
         mean: Tensor | None = None
         with torch.autocast(image.device.type, self.precision, enabled=half):
@@ -178,8 +190,10 @@ class Ensemble:
         assert mean is not None
         return mean.div_(self.estimates)
 
-    def on(self, image: Tensor, device: torch.device | str) -> Tensor:
-        """The same, computed on a device, or on the CPU where that has too little memory."""
+    def computed_on(
+        self, image: Float[Tensor, "b c x y z"], device: torch.device | str
+    ) -> Float[Tensor, "b r x y z"]:
+        """The same, computed on a device, or on the CPU if the device runs out of memory."""
         if torch.device(device).type != "cpu":
             with suppress_out_of_memory("on the CPU"):
                 return self.to(device)(image.to(device)).cpu()
@@ -188,7 +202,7 @@ class Ensemble:
 
 @contextmanager
 def suppress_out_of_memory(instead: str) -> Iterator[None]:
-    """Go on behind the block where memory ran out in it; what it held is free again then."""
+    """Leave the block if memory runs out in it, with a warning, and continue behind it."""
     try:
         yield
     except RuntimeError as error:
@@ -198,7 +212,7 @@ def suppress_out_of_memory(instead: str) -> Iterator[None]:
 
 
 def tile_starts(grid: Sequence[int], tile: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Where tiles start that cover a grid; the last of an axis is moved inwards to fit."""
+    """First voxels of tiles that cover a grid; the last tile of an axis is moved inwards to fit."""
     return product(
         *(
             sorted({min(start, side - width) for start in range(0, side, width)})
@@ -218,14 +232,16 @@ def ran_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _padded(image: Tensor, before: int, multiple: int) -> Tensor:
-    """Zeros around (B, C, X, Y, Z): `before` on all sides, and more at the far ends to fit."""
+    """Pad (B, C, X, Y, Z) with `before` zeros on all sides, and at the far ends to a multiple."""
     sides = reversed(image.shape[2:])
     padding = [end for side in sides for end in (before, before + -side % multiple)]
     return F.pad(image, padding)
 
 
-def repeated(coarse: Tensor, stride: int, shape: Sequence[int]) -> Tensor:
-    """Every voxel of (B, R, X', Y', Z') as stride³ voxels, cut to `shape` (X, Y, Z)."""
+def repeated(
+    coarse: Shaped[Tensor, "b r x_ y_ z_"], stride: int, shape: Sequence[int]
+) -> Shaped[Tensor, "b r x y z"]:
+    """Repeat every voxel as stride³ voxels, and cut the result to `shape` (X, Y, Z)."""
     if stride > 1:
         for axis in (2, 3, 4):
             coarse = coarse.repeat_interleave(stride, dim=axis)

@@ -5,28 +5,48 @@ hundreds of thousands of voxels.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from lightning_modules.networks.aeunet import Latent
-from lightning_modules.networks.dnet import Geometry
+from lightning_modules.networks.geometry import Geometry
+
+Terms = dict[str, Tensor]  # by name; `loss` is what is minimised
 
 
-def soft_dice(logits: Tensor, mask: Tensor, smooth: float = 100.0) -> Tensor:
-    """Soft Dice loss by region (equation 1), mean over the batch.
+class Loss(Protocol):
+    """What a network is trained to make small."""
+
+    def __call__(self, output: Any, batch: Mapping[str, Any]) -> Terms:  # noqa: ANN401
+        """All terms of a batch of training patches.
+
+        Args:
+            output: The network's named tuple, with `logits` on its own grid.
+            batch: `image` and `mask` at full resolution, as the data module serves them.
+        """
+        ...
+
+    def on_volume(self, logits: Tensor, batch: Mapping[str, Any]) -> Terms:
+        """The terms of whole volumes, from the inference's logits at full resolution."""
+        ...
+
+
+def soft_dice(
+    logits: Float[Tensor, "b r *xyz"], mask: Shaped[Tensor, "b r *xyz"], smooth: float = 100.0
+) -> Float[Tensor, " r"]:
+    """Soft Dice loss of each region (equation 1), in [0, 1], mean over the batch.
 
     Printed as `1 - 2(Σtp + s)/(Σt² + Σp² + s)`, which is -1 where both masks are empty although the
     text claims the interval [0, 1]; `1 - (2Σtp + s)/(Σt² + Σp² + s)` is in it.
 
     Args:
-        logits: (B, R, ...), before the sigmoid.
-        mask: (B, R, ...), 0 or 1.
+        logits: Before the sigmoid.
+        mask: 0 or 1.
         smooth: s. A large value lets the network predict a few voxels in a patch without tumour.
-
-    Returns:
-        (R,), in [0, 1].
     """
     probability = logits.float().sigmoid().flatten(2)
     truth = mask.float().flatten(2)
@@ -35,78 +55,132 @@ def soft_dice(logits: Tensor, mask: Tensor, smooth: float = 100.0) -> Tensor:
     return (1 - (2 * overlap + smooth) / (total + smooth)).mean(0)
 
 
-def reconstruction_l2(reconstruction: Tensor, image: Tensor) -> Tensor:
-    """Mean squared error over voxels, channels and batch (equation 2); () from two (B, C, ...)."""
+def reconstruction_l2(
+    reconstruction: Float[Tensor, "b c *xyz"], image: Float[Tensor, "b c *xyz"]
+) -> Float[Tensor, ""]:
+    """Mean squared error over voxels, channels and batch (equation 2)."""
     return F.mse_loss(reconstruction.float(), image.float())
 
 
-def gaussian_kl(latent: Latent, voxels: int) -> Tensor:
+def gaussian_kl(latent: Latent, voxels: int) -> Float[Tensor, ""]:
     """Divergence of the posterior from N(0, 1), mean over the batch (equation 3).
 
-    `Σ(μ² + σ² - log σ² - 1) / N` without the usual ½, N the voxels of the input patch.
+    `Σ(μ² + σ² - log σ² - 1) / N`, without the usual factor ½, where N is the number of voxels of
+    the input patch.
     """
     mean, log_variance = latent.mean.float(), latent.log_variance.float()
     divergence = mean.square() + log_variance.exp() - log_variance - 1
     return divergence.sum(1).mean() / voxels
 
 
-class RegionLoss(nn.Module):
+class RegionDice(nn.Module):
     """Weighted sum of the soft Dice losses of all regions.
 
     Args:
-        weights: Weight of each region, in the order of the network's output channels.
+        weights: Weight of each region, by name.
+        regions: Names of the network's output channels, in order.
         smooth_mm3: s of equation 1 as a volume. The paper's 100 voxels are 100 mm³; on a coarser
             grid 100 voxels would outweigh small regions.
         spacing_mm: Edge of a voxel.
+
+    Raises:
+        ValueError: The weights are not those of the regions.
     """
 
     def __init__(
-        self, weights: Mapping[str, float], smooth_mm3: float = 100.0, spacing_mm: float = 1.0
+        self,
+        weights: Mapping[str, float],
+        regions: Sequence[str],
+        smooth_mm3: float = 100.0,
+        spacing_mm: float = 1.0,
     ) -> None:
         super().__init__()
-        self.regions = list(weights)
+        if set(weights) != set(regions):
+            raise ValueError(
+                f"region_weights: expected a weight for each of {', '.join(regions)}, found those "
+                f"of {', '.join(weights)}"
+            )
+        self.regions = list(regions)
         self.smooth = smooth_mm3 / spacing_mm**3
         self.weights: Tensor
-        self.register_buffer("weights", torch.tensor(list(weights.values())), persistent=False)
+        by_channel = torch.tensor([weights[region] for region in regions])
+        self.register_buffer("weights", by_channel, persistent=False)
 
-    def forward(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def forward(self, output: Any, batch: Mapping[str, Any]) -> Terms:  # noqa: ANN401
+        return self.on_volume(output.logits, batch)
+
+    def on_volume(self, logits: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> Terms:
         """`dice_<region>` for each region, unweighted, and their weighted sum, `loss`."""
-        by_region = soft_dice(logits, mask, self.smooth)
+        by_region = soft_dice(logits, batch["mask"], self.smooth)
         terms = dict(zip((f"dice_{region}" for region in self.regions), by_region, strict=True))
         return {**terms, "loss": (self.weights * by_region).sum()}
 
 
-class SparseCrossEntropy(nn.Module):
+class AutoencoderLoss(nn.Module):
+    """Segmentation, reconstruction and divergence together (equation 4).
+
+    Whole volumes have the terms of the segmentation alone, because inference leaves the autoencoder
+    out. In training the network reconstructs all of its input, the "real input image" of equation
+    2: a channel of similarity or of the mirrored patch counts as much as a modality.
+
+    Args:
+        segmentation: Loss of the logits.
+        l2_weight: Weight of the mean squared reconstruction error.
+        kl_weight: Weight of the divergence of the bottleneck.
+    """
+
+    def __init__(self, segmentation: Loss, l2_weight: float = 0.1, kl_weight: float = 0.1) -> None:
+        super().__init__()
+        self.segmentation = segmentation
+        self.l2_weight = l2_weight
+        self.kl_weight = kl_weight
+
+    def forward(self, output: Any, batch: Mapping[str, Any]) -> Terms:  # noqa: ANN401
+        """The terms of the segmentation, `l2`, `kl`, and their weighted sum, `loss`."""
+        image = batch["image"]
+        terms = self.segmentation(output, batch)
+        l2 = reconstruction_l2(output.reconstruction, image)
+        kl = gaussian_kl(output.latent, voxels=image[0, 0].numel())
+        loss = terms["loss"] + self.l2_weight * l2 + self.kl_weight * kl
+        return {**terms, "l2": l2, "kl": kl, "loss": loss}
+
+    def on_volume(self, logits: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> Terms:
+        return self.segmentation.on_volume(logits, batch)
+
+
+class CrossEntropy(nn.Module):
     """Binary cross entropy against the mask that max pooling brings to the network's grid.
 
     A box of stride³ voxels is positive if one voxel in it is (Krivov & Belyaev 2018, section 2.2).
-    With the geometry of a padded network, stride 1 and no halo, this is the usual voxelwise loss.
+    For a padded network, with a stride of 1 and no halo, this is the usual voxelwise loss.
 
     Args:
         geometry: Halo and stride of the network.
-        regions: Names of the output channels.
     """
 
-    def __init__(self, geometry: Geometry, regions: Sequence[str] = ("lesion",)) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.geometry = geometry
-        self.regions = list(regions)
 
-    def forward(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """`loss` of logits (B, R, X', Y', Z') of patches with masks (B, R, X, Y, Z)."""
-        halo = self.geometry.halo
+    def forward(self, output: Any, batch: Mapping[str, Any]) -> Terms:  # noqa: ANN401
+        """`loss` of patches: the logits are compared with the mask inside the halo."""
+        halo, mask = self.geometry.halo, batch["mask"]
         inside = (..., *(slice(halo, side - halo) for side in mask.shape[2:]))
-        return self.on_volume(logits, mask[inside])
+        return self._terms(output.logits, mask[inside])
 
-    def on_volume(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """`loss` of logits of a whole volume, whose grid starts at the mask's first voxel."""
+    def on_volume(self, logits: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> Terms:
+        """`loss` of whole volumes, on the network's own grid."""
+        stride = self.geometry.stride
+        return self._terms(logits[..., ::stride, ::stride, ::stride], batch["mask"])
+
+    def _terms(self, logits: Tensor, mask: Tensor) -> Terms:
         target = pooled(mask, self.geometry.stride).to(torch.float32)
         return {"loss": F.binary_cross_entropy_with_logits(logits.float(), target)}
 
 
-def pooled(mask: Tensor, stride: int) -> Tensor:
-    """Whether any voxel of each box of stride³ is true: (B, R, X, Y, Z) to its ⌈sides / stride⌉."""
+def pooled(mask: Bool[Tensor, "b r x y z"], stride: int) -> Bool[Tensor, "b r x_ y_ z_"]:
+    """Whether any voxel of each box of stride³ is true; sides are divided and rounded up."""
     if stride == 1:
         return mask
-    # Max pooling of bytes is not to be had on every device.
+    # Max pooling of bytes is not implemented on every device.
     return F.max_pool3d(mask.float(), stride, ceil_mode=True) > 0

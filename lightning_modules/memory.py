@@ -1,4 +1,4 @@
-"""How a process holds the memory of its tensors on a CPU."""
+"""How a process keeps the memory of its tensors on a CPU."""
 
 import ctypes
 import sys
@@ -11,8 +11,8 @@ def keep_freed() -> None:
     """Let this process keep the memory that it frees, for its next tensors.
 
     By default glibc returns large blocks to the system, which clears them anew for every tensor: a
-    seventh of a training step of the proxy, half of a pass over a whole volume. Without effect
-    elsewhere than on Linux with glibc.
+    seventh of the time of a training step of the proxy, half of a pass over a whole volume. This
+    has an effect on Linux with glibc only.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from lightning_modules.operating_point import OperatingPoint
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
@@ -16,7 +17,6 @@ import train
 from datamodules import template
 from errors import InputError
 from evaluate import THRESHOLDS_NAME, evaluate, part_of
-from lightning_modules.operating_point import OperatingPoint
 from tests.conftest import ROOT, write_brats
 
 Compose = Callable[..., DictConfig]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
-
 from lightning_modules.results import Results
+
 from tests.conftest import ROOT
 
 

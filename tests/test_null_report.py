@@ -20,15 +20,15 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import CompactHydraException
+from lightning_modules.cost import Cost
+from lightning_modules.results import Results, claimed, is_finished
 from PIL import Image
 
 from errors import InputError
 from experiments import dashboard, null_report
 from hydra_plugins.one_factor_sweeper import add_to_plan, cells
 from lightning_modules.callbacks import SeedEveryStep
-from lightning_modules.cost import Cost
 from lightning_modules.networks import AEUNet
-from lightning_modules.results import Results, claimed, is_finished
 from tests.conftest import ROOT
 
 BROWSER = next(

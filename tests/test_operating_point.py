@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lightning_modules.operating_point import GRID, LEAST_MM3, Candidates, OperatingPoint
 
 from errors import InputError
-from lightning_modules.operating_point import GRID, LEAST_MM3, Candidates, OperatingPoint
 
 REGIONS = ("WT", "ET")
 

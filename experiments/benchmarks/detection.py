@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from lightning_modules.detection import DetectionModule
 from torch import nn
 
 from experiments.detection import peak_mib, seconds_a_volume
-from lightning_modules.detection import DetectionModule
 from lightning_modules.inference import ExactTiles, WholeVolume
 from lightning_modules.losses import SparseCrossEntropy
 from lightning_modules.memory import keep_freed

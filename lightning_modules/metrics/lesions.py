@@ -6,51 +6,43 @@ component that touches no lesion; false positives are averaged over all patients
 too (Krivov & Belyaev 2018, section 3, and the design's settled readings).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
+from jaxtyping import Float
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
-from torchmetrics import Metric
 
-from lightning_modules.networks.dnet import Geometry
+from grids import components
+from lightning_modules.metrics.cases import CaseMetrics
+from lightning_modules.networks.geometry import Geometry
 
-EVERY_NEIGHBOUR = np.ones((3, 3, 3), bool)  # 26-connected; scipy's default is 6
-
-# Probabilities at equal steps of the logit, from .018 to .999994: where half of the patches have a
-# lesion in training, networks are too sure of lesions in whole volumes.
+# Probabilities at equal steps of the logit, from .018 to .999994. They reach so far up because a
+# network that saw lesions in half of its patches is too sure of lesions in whole volumes.
 THRESHOLDS = tuple(float(1 / (1 + np.exp(-logit))) for logit in np.linspace(-4, 12, 49))
 
-# What is counted in a case at a threshold.
+# Counts of a case at a threshold.
 COUNTS = (
     "detected",  # lesions of which a voxel was predicted
     "false_positives",  # predicted components that touch no lesion
     "one_to_one",  # lesions detected if a predicted component may count for one lesion only
     "merged",  # detected lesions that share a predicted component with another lesion
     "split",  # lesions that two or more predicted components touch
-    "dice",  # sum over the detected lesions: lesion against all components that touch it
+    "dice",  # sum over the detected lesions of the Dice with all components that touch them
 )
 SIZE_BINS_MM = (0.0, 5.0, 10.0, float("inf"))  # diameters
 
 
-def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """26-connected components of a mask (X, Y, Z): numbers from 1 (X, Y, Z), and how many."""
-    numbers = np.empty(mask.shape, np.int32)
-    ndimage.label(mask, EVERY_NEIGHBOUR, output=numbers)
-    return numbers, int(numbers.max(initial=0))
-
-
 class CaseLesions(NamedTuple):
-    """One case.
+    """The lesions of one case.
 
     Attributes:
-        counts: (T, len(COUNTS)), of each threshold.
-        lesions: (L, 2): diameter in mm of the ball of equal volume; highest probability inside.
+        counts: (T, len(COUNTS)), one row a threshold.
+        lesions: (L, 2): diameter in mm of the ball of equal volume, highest probability inside.
     """
 
     counts: np.ndarray
@@ -66,21 +58,21 @@ def match(
 ) -> CaseLesions:
     """Compare a prediction with the lesions of a case.
 
-    A coarse prediction stands for the one that repetition brings to full resolution; its
-    components are the same, and are counted on the coarse grid, which is stride³ times as fast.
+    A coarse prediction stands for its repetition at full resolution. Both have the same components,
+    which are counted on the coarse grid: that is stride³ times as fast.
 
     Args:
-        probability: (X', Y', Z'), sides of `truth` over `stride`, rounded up.
+        probability: (X', Y', Z'), the sides of `truth` over `stride`, rounded up.
         truth: (X, Y, Z), bool.
-        stride: Voxels to a voxel of `probability`, along each axis.
+        stride: Voxels of `truth` along each side of a voxel of `probability`.
         spacing_mm: Edge of a voxel of `truth`.
-        thresholds: A voxel is predicted above it.
+        thresholds: Probabilities above which a voxel is predicted.
     """
     lesion_of, lesions = components(truth)
     voxels = np.argwhere(lesion_of)
     lesion = lesion_of[tuple(voxels.T)] - 1
     box = np.ravel_multi_index(tuple((voxels // stride).T), probability.shape)
-    # Every box that a lesion has voxels in, and how many.
+    # Every pair of a lesion and a coarse voxel that overlap, and in how many voxels.
     pairs, overlap = np.unique(np.stack([lesion, box]), axis=1, return_counts=True)
     lesion, box = pairs
     volume = np.bincount(lesion, overlap, minlength=lesions)
@@ -106,11 +98,11 @@ def _count(
     volume: np.ndarray,
     box_voxels: np.ndarray,
 ) -> np.ndarray:
-    """COUNTS at one threshold, from the (lesion, box, overlap in voxels) triples of a case."""
+    """Compute COUNTS at one threshold, from (lesion, box, overlap in voxels) triples of a case."""
     component_of, predictions = components(probability > threshold)
     component = component_of.ravel()[box]
     hit = component > 0
-    # Overlap of each lesion with each component.
+    # Overlap in voxels of each lesion (rows) with each predicted component (columns).
     table = coo_array(
         (overlap[hit], (lesion[hit], component[hit] - 1)), shape=(len(volume), predictions)
     ).tocsr()
@@ -141,7 +133,7 @@ def _rows(indptr: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _box_voxels(truth: np.ndarray, stride: int) -> np.ndarray:
-    """How many voxels of the volume each box covers: fewer at the far ends (X', Y', Z')."""
+    """Count the voxels of the volume in each box (X', Y', Z'): fewer at the far ends."""
     sides = [
         np.minimum(stride, side - np.arange(0, side, stride)).astype(np.float64)
         for side in truth.shape
@@ -150,11 +142,11 @@ def _box_voxels(truth: np.ndarray, stride: int) -> np.ndarray:
 
 
 class LesionReport(NamedTuple):
-    """Cases of a data set at every threshold, in numpy arrays.
+    """The lesions of all cases at every threshold.
 
     Attributes:
         thresholds: (T,), rising.
-        cases: (N,), places of the cases in the data set, rising.
+        cases: (N,), indices of the cases in the data set, rising.
         counts: (N, T, len(COUNTS)).
         lesions: (L, 3): index of the case, diameter in mm, highest probability inside.
     """
@@ -168,41 +160,46 @@ class LesionReport(NamedTuple):
         """Sensitivity (T,), pooled over the lesions, and false positives a patient (T,).
 
         Args:
-            found: Which of COUNTS makes the sensitivity: "detected" or "one_to_one".
+            found: The count that makes the sensitivity: "detected" or "one_to_one".
         """
         total = self.counts.sum(0)
         sensitivity = total[:, COUNTS.index(found)] / max(len(self.lesions), 1)
         return sensitivity, total[:, COUNTS.index("false_positives")] / len(self.cases)
 
-    def choose(self, target_fp: float) -> float:
-        """The threshold that finds most lesions with at most so many false positives a patient.
+    def best_threshold(self, target_fp: float) -> float:
+        """Find the threshold that detects most lesions with at most so many false positives.
 
         A prediction that floods the brain is one component, which touches every lesion and is no
-        false positive: by the rule of the paper nothing would be better. So the threshold is
-        lowered only as long as the target is kept all the way, and lesions are counted one to one.
-        The highest threshold of all where none keeps to the target.
+        false positive: by the rule of the paper nothing would be better. So lesions are counted one
+        to one, and every higher threshold must keep to the target too. If none does, the highest
+        threshold is returned.
+
+        Args:
+            target_fp: False positives a patient.
         """
         sensitivity, false_positives = self.froc("one_to_one")
         allowed = np.logical_and.accumulate((false_positives <= target_fp)[::-1])[::-1]
         if not allowed.any():
             return float(self.thresholds[-1])
         best = sensitivity[allowed].max()
-        # Among equals the one with the fewest false positives, and the furthest from the others.
+        # Of equal sensitivities, the highest threshold has the fewest false positives.
         return float(self.thresholds[allowed & (sensitivity == best)][-1])
 
-    def number(self, threshold: float) -> int:
-        """Which of the thresholds is the nearest."""
+    def nearest(self, threshold: float) -> int:
+        """Index of the nearest of the thresholds."""
         return int(np.abs(self.thresholds - threshold).argmin())
 
-    def at(self, threshold: float) -> dict[str, float]:
-        """All scores at one of the thresholds; NaN where there is nothing to score."""
-        number = self.number(threshold)
+    def scores(self, threshold: float) -> dict[str, float]:
+        """All scores at the nearest of the thresholds; NaN if there is nothing to score."""
+        number = self.nearest(threshold)
         total = dict(zip(COUNTS, self.counts[:, number].sum(0).tolist(), strict=True))
         lesions, patients = len(self.lesions), len(self.cases)
         nothing = float("nan")
         by_patient = [
             row[COUNTS.index("detected")] / count
-            for row, count in zip(self.counts[:, number].tolist(), self.lesions_of(), strict=True)
+            for row, count in zip(
+                self.counts[:, number].tolist(), self.lesions_per_case(), strict=True
+            )
             if count
         ]
         scores = {
@@ -223,69 +220,62 @@ class LesionReport(NamedTuple):
             scores[name] = float(found.mean()) if inside.any() else nothing
         return scores
 
-    def lesions_of(self) -> list[int]:
-        """How many lesions each case has (N,)."""
+    def lesions_per_case(self) -> list[int]:
+        """Number of lesions of each case (N,)."""
         return [int((self.lesions[:, 0] == index).sum()) for index in self.cases]
 
     def rows(self, threshold: float) -> dict[int, dict[str, float]]:
-        """What was counted in each case at one of the thresholds, by its index."""
-        number = self.number(threshold)
+        """COUNTS of each case at the nearest of the thresholds, by its index."""
+        number = self.nearest(threshold)
         return {
             int(index): {"lesions": count, **dict(zip(COUNTS, counts, strict=True))}
             for index, count, counts in zip(
-                self.cases, self.lesions_of(), self.counts[:, number].tolist(), strict=True
+                self.cases, self.lesions_per_case(), self.counts[:, number].tolist(), strict=True
             )
         }
 
 
-class LesionMetrics(Metric):
-    """Keeps the lesions of every case; `compute` gives a `LesionReport`.
-
-    Cases are told apart by their index, so that one that two ranks have both seen counts once.
-    They are kept flat, in one dimension: torchmetrics takes ranks without any case only so.
+class LesionMetrics(CaseMetrics):
+    """Lesions found and false positives, at every threshold.
 
     Args:
-        geometry: Of the network: how coarse its predictions are.
+        geometry: Halo and stride of the network. Probabilities come at full resolution; those of a
+            network of stride s are constant in boxes of s³ voxels.
         spacing_mm: Edge of a voxel.
-        thresholds: At which to count, rising.
+        thresholds: Probabilities at which lesions are counted, rising.
+        threshold: The one that scores and rows are of, until another is chosen.
     """
 
-    full_state_update = False
-    flat: list[Tensor]
+    best_is_highest = ("sensitivity", "sensitivity_one_to_one", "sensitivity_by_patient")
 
     def __init__(
         self,
         geometry: Geometry,
         spacing_mm: float = 1.0,
         thresholds: Sequence[float] = THRESHOLDS,
+        threshold: float = 0.5,
     ) -> None:
-        super().__init__()
+        super().__init__(threshold)
         self.stride = geometry.stride
         self.spacing_mm = spacing_mm
         self.thresholds = tuple(thresholds)
-        self.add_state("flat", default=[], dist_reduce_fx="cat")
 
-    def update(self, probability: Tensor, truth: Tensor, index: Tensor) -> None:
-        """Add cases: (B, 1, X', Y', Z'), masks (B, 1, X, Y, Z), places in the data set (B,)."""
-        for item, number in enumerate(index.tolist()):
-            case = match(
-                probability[item, 0].float().cpu().numpy(),
-                truth[item, 0].cpu().numpy(),
-                self.stride,
-                self.spacing_mm,
-                self.thresholds,
-            )
-            row = [[number, len(case.lesions)], case.counts.ravel(), case.lesions.ravel()]
+    def update(self, probability: Float[Tensor, "b 1 x y z"], batch: Mapping[str, Any]) -> None:
+        stride = self.stride
+        coarse = probability[:, 0, ::stride, ::stride, ::stride].float().cpu().numpy()
+        index = batch["index"]
+        for values, truth, place in zip(coarse, batch["mask"][:, 0], index.tolist(), strict=True):
+            case = match(values, truth.cpu().numpy(), stride, self.spacing_mm, self.thresholds)
+            record = [[place, len(case.lesions)], case.counts.ravel(), case.lesions.ravel()]
             # float32 is what every device has, and exact for what is counted here.
-            self.flat.append(
-                torch.tensor(np.concatenate(row), dtype=torch.float32, device=index.device)
+            self.records.append(
+                torch.tensor(np.concatenate(record), dtype=torch.float32, device=index.device)
             )
 
-    def compute(self) -> LesionReport:
-        """All cases, by index."""
-        # A list state is a tensor already once torchmetrics has gathered it from all ranks.
-        flat = torch.cat(self.flat) if isinstance(self.flat, list) else self.flat
-        rest = flat.cpu().numpy()
+    def report(self) -> LesionReport:
+        """The lesions of all cases, by index, at every threshold."""
+        with self.over_all_ranks():
+            rest = self.flat_records().cpu().numpy()
         shape = (len(self.thresholds), len(COUNTS))
         counts: dict[int, np.ndarray] = {}
         lesions: dict[int, np.ndarray] = {}
@@ -302,3 +292,17 @@ class LesionMetrics(Metric):
             np.stack([counts[index] for index in order]),
             np.concatenate([lesions[index] for index in order]),
         )
+
+    def compute(self) -> dict[str, float | Tensor]:
+        """All scores at the threshold, and the threshold.
+
+        A score that is not defined, without lesions or without detections, is left out: Lightning's
+        checkpoints and sweeps cannot rank NaN.
+        """
+        threshold = float(self.threshold)
+        scores = {**self.report().scores(threshold), "threshold": threshold}
+        return {name: value for name, value in scores.items() if not np.isnan(value)}
+
+    def rows(self) -> dict[int, dict[str, float]]:
+        """COUNTS of every case at the threshold, by its index in the data set."""
+        return self.report().rows(float(self.threshold))

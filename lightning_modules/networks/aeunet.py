@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_modules.networks.blocks import (
@@ -19,7 +20,7 @@ from lightning_modules.networks.blocks import (
     widths,
 )
 
-# One level more adds a downsampling step and the blocks of the deepest level once again.
+# Levels beyond the paper's four repeat its deepest one.
 BLOCKS_PER_LEVEL = (1, 2, 2, 4, 4, 4)
 
 # exp(±10) is far outside what a latent needs and far inside what float32 holds; without the bound
@@ -28,23 +29,23 @@ LOG_VARIANCE_BOUND = 10.0
 
 
 class Latent(NamedTuple):
-    """Gaussian posterior of the bottleneck, both (B, bottleneck), float32."""
+    """Gaussian posterior of the bottleneck, float32."""
 
-    mean: Tensor
-    log_variance: Tensor
+    mean: Float[Tensor, "b latent"]
+    log_variance: Float[Tensor, "b latent"]
 
 
 class AEUNetOutput(NamedTuple):
-    """What training needs; see `AEUNet.segment` for inference.
+    """What training needs; inference needs the logits alone, see `AEUNet.segment`.
 
     Attributes:
-        logits: (B, R, X, Y, Z), one channel a region.
-        reconstruction: (B, C, X, Y, Z), the input as the autoencoder sees it.
-        latent: Posterior from which the reconstruction was sampled.
+        logits: One channel a region.
+        reconstruction: The input as the autoencoder decodes it.
+        latent: The posterior that the reconstruction was sampled from.
     """
 
-    logits: Tensor
-    reconstruction: Tensor
+    logits: Float[Tensor, "b r x y z"]
+    reconstruction: Float[Tensor, "b c x y z"]
     latent: Latent
 
 
@@ -68,8 +69,8 @@ class Encoder(nn.Module):
             for width, blocks in zip(filters, BLOCKS_PER_LEVEL, strict=False)
         )
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Features of every level, fine to coarse."""
+    def forward(self, x: Float[Tensor, "b c x y z"]) -> list[Tensor]:
+        """Compute the features of every level, fine to coarse."""
         features = []
         for down, level in zip(self.down, self.levels, strict=True):
             x = level(down(x))
@@ -78,7 +79,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the coarsest level back to the input's grid; skips are added where they are given."""
+    """From the coarsest level back to the input's grid; skips are added if there are any."""
 
     def __init__(
         self,
@@ -97,7 +98,12 @@ class Decoder(nn.Module):
             norm(filters[0]), activation(), nn.Conv3d(filters[0], out_channels, 1)
         )
 
-    def forward(self, x: Tensor, sizes: Sequence[torch.Size], skips: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "b f x_ y_ z_"],
+        sizes: Sequence[torch.Size],
+        skips: Sequence[Tensor],
+    ) -> Float[Tensor, "b out x y z"]:
         """Decode `x` over grids of `sizes` (coarse to fine), adding `skips` (as many, or none)."""
         for index, (up, level) in enumerate(zip(self.up, self.levels, strict=True)):
             x = up(x, sizes[index])
@@ -106,10 +112,10 @@ class Decoder(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The variational bottleneck: features to a Gaussian and a sample back to features.
+    """The variational bottleneck: features to a Gaussian, and a sample of it back to features.
 
-    Strided convolution to 16 channels, dense to means and log-variances, sample, dense, 1³
-    convolution and trilinear upsampling (Myronenko 2018, table 2: VD, VDraw, VU).
+    A strided convolution to 16 channels, a dense layer to means and log-variances, the sample, a
+    dense layer, a 1³ convolution and trilinear upsampling (Myronenko 2018, table 2: VD, VDraw, VU).
     """
 
     CHANNELS = 16
@@ -133,7 +139,7 @@ class Bottleneck(nn.Module):
         self.activation = activation()
         self.up = Upsample(self.CHANNELS, channels)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Latent]:
+    def forward(self, x: Float[Tensor, "b f x y z"]) -> tuple[Float[Tensor, "b f x y z"], Latent]:
         reduced = self.reduce(x)
         # Exponentials and their sums overflow in half precision.
         with torch.autocast(x.device.type, enabled=False):
@@ -149,19 +155,20 @@ class Bottleneck(nn.Module):
 class AEUNet(nn.Module):
     """U-Net whose encoder also has to reconstruct its input (section 2.1, figure 1).
 
-    Encoder: residual blocks, 1, 2, 2, 4 a level. Segmentation decoder: skips by addition, logits
-    for every region. Autoencoder branch: its own decoder without skips, from a variational
-    bottleneck. The branch is part of `forward`, which training uses, and no part of `segment`.
+    The encoder has 1, 2, 2 and 4 residual blocks a level. The segmentation decoder adds skips and
+    ends in logits of every region. The autoencoder branch has its own decoder, without skips, which
+    starts from a variational bottleneck. Training uses the branch, by `forward`; `segment` leaves
+    it out.
 
     Args:
         in_channels: Modalities (and further inputs) stacked as channels.
-        out_channels: Regions; they may overlap, so each has its own sigmoid.
+        out_channels: Number of regions; they may overlap, so each has its own sigmoid.
         patch_size: Side of the training patches in voxels, one number or three. Fixes the dense
             layers of the bottleneck; `segment` takes any size that the depth divides.
         filters: Filters of the finest level.
         ratio: Filters of a level over those of the next finer one; need not be an integer.
-        depth: Levels, hence depth - 1 downsampling steps.
-        bottleneck: Means (and as many log-variances) of the autoencoder.
+        depth: Number of levels, one more than downsampling steps.
+        bottleneck: Number of means, and of log-variances, of the autoencoder.
         norm: Makes the normalisation of so many channels.
         activation: Makes the nonlinearity.
         downsampling: Makes the step from one level to the next coarser one.
@@ -200,8 +207,8 @@ class AEUNet(nn.Module):
         self.bottleneck = Bottleneck(self.widths[-1], coarsest, bottleneck, norm, activation)
         self.autoencoder = Decoder(self.widths, in_channels, norm, activation)
 
-    def forward(self, x: Tensor) -> AEUNetOutput:
-        """Segment and reconstruct a batch of training patches (B, C, X, Y, Z)."""
+    def forward(self, x: Float[Tensor, "b c x y z"]) -> AEUNetOutput:
+        """Segment and reconstruct a batch of training patches."""
         *skips, coarsest = self.encoder(x)
         skips.reverse()
         sizes = [skip.shape[2:] for skip in skips]
@@ -212,8 +219,8 @@ class AEUNet(nn.Module):
             latent=latent,
         )
 
-    def segment(self, x: Tensor) -> Tensor:
-        """Logits (B, R, X, Y, Z) without the autoencoder, for sizes that the depth divides."""
+    def segment(self, x: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
+        """Compute the logits alone, without the autoencoder, for sides that `divisor` divides."""
         *skips, coarsest = self.encoder(x)
         skips.reverse()
         return self.decoder(coarsest, [skip.shape[2:] for skip in skips], skips)

@@ -1,13 +1,15 @@
 """The parts that networks are built of, and the choices that sweeps make between them.
 
 A choice is a constructor: `norm(channels)`, `activation()`, `downsampling(in_channels,
-out_channels)`. Networks call them and never ask which one they were given.
+out_channels)`. Networks call it and never ask which one it is.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 MakeNorm = Callable[[int], nn.Module]
@@ -15,11 +17,21 @@ MakeActivation = Callable[[], nn.Module]
 MakeDownsampling = Callable[[int, int], nn.Module]
 
 
+class Segmentation(NamedTuple):
+    """What training needs from a network that only segments.
+
+    Attributes:
+        logits: (B, R, X', Y', Z'), one channel a region, on the network's own grid.
+    """
+
+    logits: Float[Tensor, "b r x y z"]
+
+
 def widths(base: int, ratio: float, depth: int) -> list[int]:
     """Filters of each level, `base * ratio**level` rounded to a multiple of 8.
 
-    Group norm with 8 groups asks for multiples of 8; rounding all ablations alike keeps the ratio
-    of widths, and not the norm, the only thing that a sweep over `ratio` changes.
+    Group norm with 8 groups needs multiples of 8. All norms get the same widths, so that a sweep
+    over `ratio` changes nothing but the ratio.
 
     >>> widths(8, 1.5, 4)
     [8, 16, 16, 24]
@@ -32,9 +44,10 @@ class GroupNorm(nn.GroupNorm):
 
     Args:
         channels: A multiple of 8.
-        groups: At most so many.
-        least_channels: Of a group. The paper's 32 filters have 4 in each of 8 groups; 8 groups of
-            a proxy's 8 filters would be instance norm, which takes from a patch how bright it is.
+        groups: The largest number of groups.
+        least_channels: The smallest number of channels in a group. The paper's 32 filters have 4 in
+            each of 8 groups; 8 groups of a proxy's 8 filters would be instance norm, which removes
+            the brightness of a patch.
     """
 
     def __init__(self, channels: int, groups: int = 8, least_channels: int = 4) -> None:
@@ -42,7 +55,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class StridedConv(nn.Conv3d):
-    """Downsampling by a 3³ convolution of stride 2 (the paper's choice)."""
+    """Downsampling by a 3³ convolution of stride 2 (the choice of Frey & Nau 2019)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
@@ -51,7 +64,7 @@ class StridedConv(nn.Conv3d):
 class PooledConv(nn.Sequential):
     """Downsampling by pooling, then a 3³ convolution on the coarse grid.
 
-    As many parameters and operations as `StridedConv`, so that a sweep compares ways to
+    It has as many parameters and operations as `StridedConv`, so that a sweep compares ways to
     downsample and not budgets.
     """
 
@@ -66,15 +79,16 @@ class PooledConv(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block (He et al. 2016): norm, activation, 3³ conv, twice.
+    """Pre-activation residual block (He et al. 2016): norm, activation, 3³ convolution, twice.
 
     Args:
-        in_channels: Of the input.
-        out_channels: Of the output; where they differ, a 1³ convolution is the shortcut.
-        norm, activation: Make the parts.
-        padding: 1 keeps the size; 0 loses two voxels a side.
-        on_image: The first block of a network starts with the convolution: a norm would take from
-            an image how bright it is.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output; if they differ, a 1³ convolution is the shortcut.
+        norm: Makes the normalisation of so many channels.
+        activation: Makes the nonlinearity.
+        padding: 1 keeps the size; 0 loses two voxels on each side.
+        on_image: The first block of a network starts with the convolution, because a norm would
+            remove the brightness of the image.
     """
 
     def __init__(
@@ -97,9 +111,9 @@ class ResidualBlock(nn.Module):
         )
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
-        self.lost = 2 * (1 - padding)  # voxels a side
+        self.lost = 2 * (1 - padding)  # voxels on each side
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "b i x y z"]) -> Float[Tensor, "b o x_ y_ z_"]:
         kept = (..., *(slice(self.lost, size - self.lost) for size in x.shape[2:]))
         return self.shortcut(x[kept]) + self.body(x)
 
@@ -111,7 +125,10 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, 1, bias=False)
 
-    def forward(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "b i x y z"], size: tuple[int, ...]
+    ) -> Float[Tensor, "b o x_ y_ z_"]:
+        """Resample to the sides `size` (X', Y', Z')."""
         return F.interpolate(self.conv(x), size, mode="trilinear", align_corners=False)
 
 
@@ -122,8 +139,8 @@ class Logits(nn.Conv3d):
     learning how rare lesions are.
 
     Args:
-        in_channels: Of the features.
-        out_channels: Regions.
+        in_channels: Channels of the features.
+        out_channels: Number of regions.
         prior: Probability that the untrained network gives to every voxel.
     """
 

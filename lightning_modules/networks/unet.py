@@ -1,10 +1,9 @@
 """3-D residual U-Net, the baseline of Krivov & Belyaev 2018 (section 2.1)."""
 
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_modules.networks.blocks import (
@@ -13,62 +12,11 @@ from lightning_modules.networks.blocks import (
     MakeActivation,
     MakeNorm,
     ResidualBlock,
+    Segmentation,
     Upsample,
     widths,
 )
-
-# Residual blocks of each level, fine to coarse. Two 3³ convolutions each; the first three levels
-# are D-Net's, whose 68³ input and 4³ output fix them: 2 + 2 * 4 + 4 * 4 = 26 voxels of halo.
-BLOCKS_PER_LEVEL = (1, 2, 2, 2, 2)
-
-
-class Segmentation(NamedTuple):
-    """What training needs of a network that only segments.
-
-    Attributes:
-        logits: (B, R, X', Y', Z'), one channel a region.
-    """
-
-    logits: Tensor
-
-
-class ContractingPath(nn.Module):
-    """Residual blocks, with max pooling between the levels.
-
-    Args:
-        in_channels: Of the image.
-        filters: Of each level, fine to coarse.
-        norm, activation: Make the parts.
-        padding: 1 keeps the size within a level, 0 loses a voxel a side and convolution.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        filters: Sequence[int],
-        norm: MakeNorm,
-        activation: MakeActivation,
-        padding: int,
-    ) -> None:
-        super().__init__()
-        levels = []
-        channels = in_channels
-        for width, blocks in zip(filters, BLOCKS_PER_LEVEL, strict=False):
-            level: list[nn.Module] = [nn.MaxPool3d(2)] if levels else []
-            for _ in range(blocks):
-                on_image = not levels and not level
-                level.append(ResidualBlock(channels, width, norm, activation, padding, on_image))
-                channels = width
-            levels.append(nn.Sequential(*level))
-        self.levels = nn.ModuleList(levels)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Features of every level, fine to coarse."""
-        features = []
-        for level in self.levels:
-            x = level(x)
-            features.append(x)
-        return features
+from lightning_modules.networks.contracting import BLOCKS_PER_LEVEL, ContractingPath
 
 
 class UNet3D(nn.Module):
@@ -79,12 +27,14 @@ class UNet3D(nn.Module):
 
     Args:
         in_channels: Modalities stacked as channels.
-        out_channels: Regions, each with its own sigmoid.
+        out_channels: Number of regions, each with its own sigmoid.
         filters: Filters of the finest level.
         ratio: Filters of a level over those of the next finer one.
-        depth: Levels.
-        norm, activation: Make the parts.
-        prior: Probability that the untrained network gives to every voxel: lesions are rare.
+        depth: Number of levels.
+        norm: Makes the normalisation of so many channels.
+        activation: Makes the nonlinearity.
+        prior: Probability that the untrained network gives to every voxel, because lesions are
+            rare.
 
     Raises:
         ValueError: The depth is out of range.
@@ -117,12 +67,12 @@ class UNet3D(nn.Module):
             norm(self.widths[0]), activation(), Logits(self.widths[0], out_channels, prior)
         )
 
-    def forward(self, x: Tensor) -> Segmentation:
-        """Segment patches (B, C, X, Y, Z) of sizes that the depth divides."""
+    def forward(self, x: Float[Tensor, "b c x y z"]) -> Segmentation:
+        """Segment patches whose sides `divisor` divides."""
         return Segmentation(self.segment(x))
 
-    def segment(self, x: Tensor) -> Tensor:
-        """Logits (B, R, X, Y, Z)."""
+    def segment(self, x: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
+        """Compute the logits of patches or volumes whose sides `divisor` divides."""
         x, *skips = reversed(self.down(x))
         for up, level, skip in zip(self.up, self.levels, skips, strict=True):
             x = level(torch.cat([skip, up(x, skip.shape[2:])], dim=1))

@@ -25,8 +25,8 @@ from datamodules.similarity import (
 from datamodules.template import Registration
 from errors import InputError
 from experiments.inputs import report
+from experiments.prediction import Predictor
 from lightning_modules import checkpoint
-from predict import Predictor
 from tests.conftest import MODALITIES, ROOT, write_brats, write_case
 from tests.datamodules.conftest import SCAN_AFFINE, SCAN_SHAPE, SCAN_SPACING_MM, TRUTH
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_computes_all_that_its_network_sees(
         *("logger=csv", "trainer.max_epochs=1", "split.validation=0.34", "split.test=0.34"),
         *(f"data.data_set.root={healthy}", f"data.cache.root={tmp_path}/cache"),
         f"data.cache.spacing_mm={SCAN_SPACING_MM}",
-        "window.patch_size=48",
+        "patches.window=48",
     ]
     config = composed(*common, "inputs=both", f"run_dir={tmp_path}/run")
     train.train(config)
@@ -206,7 +206,7 @@ def test_a_checkpoint_computes_all_that_its_network_sees(
         OmegaConf.load(ROOT / "conf" / "predict.yaml"),
         {"checkpoint": [f"{tmp_path}/run/best.ckpt"], "device": "cpu"},
     )
-    predictor = Predictor.of(dict(OmegaConf.to_container(values)))
+    predictor = Predictor.from_options(dict(OmegaConf.to_container(values)))
     seen = []
     network = predictor.ensemble.members[0].network
     network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -229,7 +229,7 @@ def test_an_ensemble_has_one_input(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, first: str, second: str, key: str
 ):
     def of_choice(path: str) -> checkpoint.Loaded:
-        config = OmegaConf.to_container(composed(f"inputs={path}").data)
+        config = OmegaConf.to_container(composed(f"inputs={path}").data, resolve=True)
         return checkpoint.Loaded(nn.Identity(), {"data": config})
 
     monkeypatch.setattr(checkpoint, "load", of_choice)

@@ -1,0 +1,229 @@
+"""From probabilities to masks: a threshold and a least volume for each region.
+
+Both are chosen on validation or training cases, by the mean Dice, and kept in a file with the
+ensemble that they were chosen for (Frey & Nau 2019, section 2.3).
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from errors import InputError
+from files import write_json
+
+PAPER = {"WT": 0.55, "TC": 0.5, "ET": 0.4}
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+LEAST_MM3 = (0.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+MOST_OF_BRAIN = 0.5  # no region of a tumour covers more
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What a voxel's probability, and a region's volume, must exceed.
+
+    Attributes:
+        thresholds: Probability by region.
+        least_mm3: Volume by region. A smaller one is taken for a false alarm, and its voxels go to
+            the region around it. A region that is not named has no least volume.
+    """
+
+    thresholds: Mapping[str, float]
+    least_mm3: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for region, threshold in self.thresholds.items():
+            if not 0 < threshold < 1:
+                raise InputError(
+                    f"thresholds: expected a number between 0 and 1 for {region}, found {threshold}"
+                )
+
+    @classmethod
+    def from_option(
+        cls,
+        option: str | float | Mapping[str, float],
+        regions: Sequence[str],
+        trained_with: float,
+        networks: Mapping[str, Any],
+    ) -> "OperatingPoint":
+        """Read the option `thresholds` of conf/predict.yaml.
+
+        Args:
+            option: "checkpoint", "paper", a number, numbers by region, or the path of a file.
+            regions: Regions that need a threshold.
+            trained_with: The threshold that the checkpoint holds.
+            networks: What tells the networks from others, as in `write`.
+
+        Raises:
+            InputError: A region without threshold, or a file that `evaluate.py` has not written.
+        """
+        if option == "checkpoint":
+            return cls(dict.fromkeys(regions, trained_with))
+        if option == "paper":
+            point = cls(PAPER)
+        elif isinstance(option, str):
+            point = cls.read(Path(option), networks)
+        elif isinstance(option, Mapping):
+            point = cls(option)
+        else:
+            point = cls(dict.fromkeys(regions, float(option)))
+        if missing := [region for region in regions if region not in point.thresholds]:
+            raise InputError(
+                f"thresholds: expected one for each of {', '.join(regions)}, found none for "
+                f"{', '.join(missing)}"
+            )
+        return point
+
+    @classmethod
+    def read(cls, path: Path, networks: Mapping[str, Any]) -> "OperatingPoint":
+        """Read a file that `write` has written; warn if it was chosen for other networks.
+
+        Args:
+            path: The file.
+            networks: What tells the networks from others, as in `write`.
+
+        Raises:
+            InputError: No such file, or another content.
+        """
+        try:
+            content = json.loads(path.read_text())
+            point = cls(content["thresholds"], content["least_mm3"])
+            chosen_for = content["chosen_for"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: expected thresholds as written by evaluate.py, found: {error}"
+            ) from error
+        for key, value in json.loads(json.dumps(dict(networks))).items():
+            if chosen_for.get(key) != value:
+                logging.warning(
+                    "%s: chosen for %s %s, used for %s", path, key, chosen_for.get(key), value
+                )
+        return point
+
+    def write(self, path: Path, networks: Mapping[str, Any]) -> None:
+        """Write the operating point, and the networks that it was chosen for, as JSON.
+
+        Args:
+            path: The file.
+            networks: What tells the networks from others that it was not chosen for.
+        """
+        write_json(path, {**asdict(self), "chosen_for": networks})
+
+    def masks(
+        self,
+        probabilities: np.ndarray,
+        regions: Sequence[str],
+        brain_voxels: int,
+        voxel_mm3: float,
+        case: str,
+    ) -> np.ndarray:
+        """Turn probabilities (R, X, Y, Z) into masks (R, X, Y, Z).
+
+        A threshold that marks more than half of the brain was chosen for another network: the next
+        higher one of `THRESHOLDS` that does not is taken for this case, with a warning.
+
+        Args:
+            probabilities: On any grid.
+            regions: Names of the first axis.
+            brain_voxels: Number of voxels of the brain on this grid.
+            voxel_mm3: Volume of a voxel.
+            case: Name of the case, for the warning.
+        """
+        found = np.zeros(probabilities.shape, bool)
+        for mask, probability, region in zip(found, probabilities, regions, strict=True):
+            threshold = self.thresholds[region]
+            for candidate in (threshold, *(t for t in THRESHOLDS if t > threshold)):
+                mask[:] = probability > candidate
+                covered = int(mask.sum()) / max(brain_voxels, 1)
+                if covered <= MOST_OF_BRAIN:
+                    break
+                logging.warning(
+                    "%s: threshold %g of %s refused: it marks %.0f %% of the brain",
+                    case, candidate, region, 100 * covered,
+                )  # fmt: skip
+            else:
+                mask[:] = False
+        return without_small(found, regions, self.least_mm3, voxel_mm3)
+
+
+def without_small(
+    masks: np.ndarray, regions: Sequence[str], least_mm3: Mapping[str, float], voxel_mm3: float
+) -> np.ndarray:
+    """Empty the masks (R, X, Y, Z) of regions that are smaller than their least volume."""
+    small = [
+        mask.sum() * voxel_mm3 < least_mm3.get(region, 0)
+        for mask, region in zip(masks, regions, strict=True)
+    ]
+    return masks & ~np.array(small)[:, None, None, None]
+
+
+@dataclass
+class Candidates:
+    """Collects the Dice of every threshold and least volume, case by case.
+
+    Each region is tuned by itself, although one lies within another: in the range of useful
+    thresholds that changes little, and the choice does not depend on an order of the regions.
+
+    Args:
+        regions: Names, in the order of the probabilities.
+        voxel_mm3: Volume of a voxel.
+    """
+
+    regions: Sequence[str]
+    voxel_mm3: float
+    scores: list[np.ndarray] = field(default_factory=list)  # a case: (R, thresholds, volumes)
+
+    def add(self, probabilities: np.ndarray, truth: np.ndarray) -> None:
+        """Add a case: probabilities and masks (R, X, Y, Z)."""
+        edges = (-np.inf, *THRESHOLDS, np.inf)
+        rows = []
+        for probability, mask in zip(probabilities, truth, strict=True):
+            # Count the voxels above each threshold, in all and inside the region, by histograms.
+            # Bins are closed to the left, but a threshold must be exceeded: hence the negation.
+            above, hit = (
+                np.histogram(-values, [-edge for edge in reversed(edges)])[0].cumsum()[:-1][::-1]
+                for values in (probability.ravel(), probability[mask])
+            )
+            kept = above[:, None] * self.voxel_mm3 >= np.array(LEAST_MM3)
+            predicted, hit = above[:, None] * kept, hit[:, None] * kept
+            total = predicted + mask.sum()
+            rows.append(np.where(total == 0, 1.0, 2 * hit / np.maximum(total, 1)))
+        self.scores.append(np.stack(rows))
+
+    def best(self, with_least_volume: Sequence[str] = ()) -> OperatingPoint:
+        """Find the best mean Dice; of equals the smallest volume, then the threshold nearest 0.5.
+
+        Args:
+            with_least_volume: Regions that get a least volume too.
+        """
+        mean = np.mean(self.scores, axis=0)
+        thresholds: dict[str, float] = {}
+        least_mm3: dict[str, float] = {}
+        for region, table in zip(self.regions, mean, strict=True):
+            volumes = len(LEAST_MM3) if region in with_least_volume else 1
+            table = table[:, :volumes]
+            candidates = np.argwhere(table >= table.max() - 1e-9)
+            threshold, volume = min(
+                candidates.tolist(), key=lambda place: (place[1], abs(THRESHOLDS[place[0]] - 0.5))
+            )
+            thresholds[region] = THRESHOLDS[threshold]
+            if region in with_least_volume:
+                least_mm3[region] = LEAST_MM3[volume]
+        return OperatingPoint(thresholds, least_mm3)
+
+    def mean_dice(self, point: OperatingPoint) -> dict[str, float]:
+        """Mean Dice of each region over the cases, at an operating point of this grid."""
+        mean = np.mean(self.scores, axis=0)
+        return {
+            region: float(
+                table[
+                    THRESHOLDS.index(point.thresholds[region]),
+                    LEAST_MM3.index(point.least_mm3.get(region, 0.0)),
+                ]
+            )
+            for region, table in zip(self.regions, mean, strict=True)
+        }

@@ -1,0 +1,237 @@
+"""Cases in, label maps out: what `predict.py` does, and the first half of `evaluate.py`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from datamodules.cases import Case, DataSet, compared
+from datamodules.nifti import open_volume, read_volume, write_volume
+from datamodules.preprocessing import Preprocessing, Volume, restore
+from datamodules.sampling import Cut, whole
+from errors import InputError
+from experiments.operating_point import OperatingPoint
+from experiments.run import finished_runs
+from files import write_json
+from lightning_modules.checkpoint import build, fingerprint, load_ensemble
+from lightning_modules.inference import Ensemble
+from lightning_modules.memory import keep_freed
+from lightning_modules.metrics.regions import dice
+from lightning_modules.pictures import draw_case
+
+SETTINGS_NAME = "predicted_with.json"
+PRECISIONS = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+
+
+def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Checkpoints: files as they are; of a folder, the best of each finished run in it.
+
+    Raises:
+        InputError: A folder without a finished run, or nothing at all.
+    """
+    found: list[Path] = []
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+        found += [run.best for run in finished_runs(path)] if path.is_dir() else [path]
+    if not found:
+        raise InputError("checkpoint: expected one or more, found none")
+    return found
+
+
+def label_map(folder: Path, case: str) -> Path:
+    """The file in a folder of predictions that holds the label map of a case."""
+    return folder / f"{case}.nii.gz"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts label maps of cases, on the grid of their own files.
+
+    Attributes:
+        ensemble: One network or more.
+        data_set: What the networks were trained on: modalities, regions, labels.
+        preprocessing: Turns files into the volumes that the networks see.
+        cut: Cuts the channels that the networks see out of a volume.
+        point: Thresholds and least volumes of the regions.
+        networks: What tells the ensemble from others: its checkpoints, whether it flips.
+        precision: Precision of the networks, a key of `PRECISIONS`.
+        device: Name of the device, or "auto".
+        probabilities: Write them too.
+        pictures: Write them too.
+        again: Predict cases that are in the output already.
+    """
+
+    ensemble: Ensemble
+    data_set: DataSet
+    preprocessing: Preprocessing
+    cut: Cut
+    point: OperatingPoint
+    networks: Mapping[str, Any]
+    precision: str = "32"
+    device: str = "auto"
+    probabilities: bool = False
+    pictures: bool = True
+    again: bool = False
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "Predictor":
+        """Build what conf/predict.yaml describes.
+
+        Raises:
+            InputError: Checkpoints, thresholds or a precision that cannot be used.
+        """
+        keep_freed()
+        paths = find_checkpoints(options["checkpoint"])
+        precision = str(options["precision"])
+        if precision not in PRECISIONS:
+            raise InputError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, found {precision}"
+            )
+        flip_axes = (0, 1, 2) if options["flips"] else ()
+        ensemble, config = load_ensemble(paths, flip_axes, PRECISIONS[precision])
+        data_set = build(config["data"]["data_set"])
+        trained_on: Preprocessing = build(config["data"]["cache"]).preprocessing
+        networks = {"checkpoint": [fingerprint(path) for path in paths], "flips": options["flips"]}
+        point = OperatingPoint.from_option(
+            options["thresholds"],
+            data_set.regions,
+            ensemble.members[0].threshold,  # pyright: ignore[reportArgumentType]
+            networks,
+        )
+        return cls(
+            ensemble=ensemble,
+            data_set=data_set,
+            # All of the brain, whatever crop the patches of the training came from.
+            preprocessing=Preprocessing(trained_on.spacing_mm, "brain", trained_on.extras),
+            cut=build(config["data"]["sampler"]).cut,
+            point=point,
+            networks=networks,
+            precision=precision,
+            device=options["device"],
+            probabilities=options["probabilities"],
+            pictures=options["pictures"],
+            again=options["again"],
+        )
+
+    @property
+    def spacing_mm(self) -> float:
+        """Edge of a voxel of the volumes that the networks see."""
+        return self.preprocessing.spacing_mm
+
+    def with_point(self, point: OperatingPoint) -> "Predictor":
+        """The same networks with other thresholds."""
+        return replace(self, point=point)
+
+    def __call__(self, cases: Sequence[Case], output: Path) -> list[str]:
+        """Write a label map of every case; print scores where there are masks.
+
+        Cases that are in the output already are left alone. A case that cannot be used does not
+        keep the others from being predicted.
+
+        Returns:
+            The names of those that could not be used.
+
+        Raises:
+            InputError: The folder holds what other networks or thresholds have predicted.
+        """
+        output.mkdir(parents=True, exist_ok=True)
+        self.claim(output)
+        failed = []
+        with Progress() as progress:
+            for case in progress.track(cases, description="predicting"):
+                if label_map(output, case.name).exists() and not self.again:
+                    continue
+                try:
+                    title = self.predict(case, output)
+                except InputError as error:
+                    progress.console.print(f"failed: {error}", markup=False)
+                    failed.append(case.name)
+                else:
+                    progress.console.print(title, markup=False)
+        return failed
+
+    def claim(self, output: Path) -> None:
+        """Write down what the label maps of a folder are made with; refuse a folder of others."""
+        path = output / SETTINGS_NAME
+        settings = {**self.networks, "precision": self.precision, **asdict(self.point)}
+        settings = json.loads(json.dumps(settings))
+        if path.exists() and not self.again and (found := json.loads(path.read_text())) != settings:
+            key = next(key for key in settings if found.get(key) != settings[key])
+            raise InputError(
+                f"{path}: {key} is {found.get(key)} there and {settings[key]} here; give another "
+                "output, or again=true to replace what is there"
+            )
+        write_json(path, settings)
+
+    def estimate(self, case: Case) -> tuple[Volume, np.ndarray]:
+        """Preprocess a case; returns its volume and probabilities (R, X, Y, Z) on its grid."""
+        volume = self.preprocessing(case, self.data_set)
+        image = torch.from_numpy(whole(volume.image, self.cut)).float()[None]
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return volume, self.ensemble.computed_on(image, device)[0].numpy()
+
+    def predict(self, case: Case, output: Path) -> str:
+        """Predict and write one case; returns its name and scores.
+
+        Raises:
+            InputError: A file that cannot be used.
+        """
+        regions, data_set = self.data_set.regions, self.data_set
+        volume, estimate = self.estimate(case)
+        reference = case.images[data_set.modalities[0]]
+        probabilities = restore(estimate, volume.affine, reference)
+        voxel_mm3 = float(abs(np.linalg.det(np.asarray(open_volume(reference).affine)[:3, :3])))
+        brain_mm3 = int((volume.image != 0).any(0).sum()) * self.spacing_mm**3
+        found = self.point.masks(
+            probabilities, regions, int(brain_mm3 / voxel_mm3), voxel_mm3, case.name
+        )
+        if self.probabilities:
+            path = output / f"{case.name}_probabilities.nii.gz"
+            write_volume(path, np.moveaxis(probabilities, 0, -1), reference)
+        written = label_map(output, case.name)
+        write_volume(written, data_set.to_labels(found), reference)
+
+        thresholds = np.array([self.point.thresholds[region] for region in regions])
+        title = case.name
+        masks = {"prediction": estimate > thresholds[:, None, None, None]}
+        if case.mask is not None:
+            masks = {"truth": data_set.to_regions(volume.labels), **masks}
+            title = f"{case.name}: {dice_of_file(written, case, data_set)}"
+        if self.pictures:
+            rows = {
+                name: dict(zip(regions, by_region, strict=True))
+                for name, by_region in masks.items()
+            }
+            scan = volume.image[len(data_set.modalities) - 1]  # extras are stacked behind it
+            figure = draw_case(scan.astype("float32"), rows, title)
+            figure.savefig(output / f"{case.name}.png", dpi=80)
+        return title
+
+
+def predict_folder(options: Mapping[str, Any]) -> None:
+    """Do what conf/predict.yaml describes.
+
+    Raises:
+        InputError: Options or cases that cannot be used.
+    """
+    predictor = Predictor.from_options(options)
+    cases = predictor.data_set.in_folder(Path(options["input"])).cases()
+    if failed := predictor(cases, Path(options["output"])):
+        raise InputError(f"{len(failed)} of {len(cases)} cases failed: {', '.join(failed)}")
+
+
+def dice_of_file(written: Path, case: Case, data_set: DataSet) -> str:
+    """Dice of each region of a predicted label map, on the grid that it is stored on."""
+    both = compared(read_volume(written)[0].astype("uint8"), written, case, data_set)
+    prediction, truth = (torch.from_numpy(masks)[None] for masks in (both.prediction, both.truth))
+    nothing_outside = torch.zeros(truth.shape[:2], dtype=torch.int64)
+    scores = dice(prediction, truth, nothing_outside)[0].tolist()
+    return "Dice " + "  ".join(
+        f"{region} {score:.3f}" for region, score in zip(data_set.regions, scores, strict=True)
+    )

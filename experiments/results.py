@@ -1,0 +1,124 @@
+"""What came out of a run, and one screen of it."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from experiments.cost import Cost
+from experiments.run import RunFolder
+from files import write_json
+
+
+@dataclass(frozen=True)
+class Results:
+    """Scores and cost of a finished run.
+
+    Attributes:
+        run: Name of the run, and of its folder.
+        choices: The option of each group that was chosen.
+        metrics: Last value of everything logged, test scores included.
+        cost: Predicted cost of the network.
+        epochs: Epochs trained, over all resumptions.
+        fit_s: Time of training in this process.
+        test_s: Time of testing.
+        peak_memory_mib: The most memory allocated on the GPU, or, without one, resident in this
+            process, whatever it ran before.
+        device: Name of the GPU, or of the processor.
+        versions: Versions of Python and torch.
+    """
+
+    run: str
+    choices: dict[str, str]
+    metrics: dict[str, float]
+    cost: Cost
+    epochs: int
+    fit_s: float
+    test_s: float
+    peak_memory_mib: float
+    device: str
+    versions: dict[str, str] = field(
+        default_factory=lambda: {"python": platform.python_version(), "torch": torch.__version__}
+    )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Results":
+        return cls(**{**content, "cost": Cost(**content["cost"])})
+
+    def write(self, folder: RunFolder) -> None:
+        """Write the file that says that the run is finished."""
+        write_json(folder.results_file, asdict(self))
+
+
+class Stopwatch:
+    """Adds up the seconds of every `with watch("name")` block, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - start
+
+
+def peak_memory_mib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    # Linux counts kilobytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return platform.processor() or platform.machine()
+
+
+def show(results: Results, folder: RunFolder) -> None:
+    """Print one screen: where the run is, its scores and cost, and the commands that can follow."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Run {results.run}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("folder", str(folder.path))
+    table.add_row("choices", "  ".join(f"{key}={value}" for key, value in results.choices.items()))
+    for stage in ("val", "test"):
+        table.add_row(stage, _scores(results.metrics, stage))
+    table.add_row(
+        "network",
+        f"{results.cost.parameters:,} parameters, {results.cost.gflops:.2f} GFLOP a patch, "
+        f"{results.cost.memory_mib:.0f} MiB a training step",
+    )
+    table.add_row(
+        "cost",
+        f"{results.epochs} epochs in {results.fit_s:.0f} s, test in {results.test_s:.0f} s, "
+        f"{results.peak_memory_mib:.0f} MiB, {results.device}",
+    )
+    table.add_row("pictures", str(folder.pictures))
+    table.add_row("go on", f"python train.py ... trainer.max_epochs=MORE resume={folder.last}")
+    table.add_row(
+        "predict", f"python predict.py checkpoint={folder.best} input=FOLDER output=FOLDER"
+    )
+    table.add_row("sync", f"wandb sync {folder.path}/wandb/offline-run-*")
+    Console().print(table)
+
+
+def _scores(metrics: Mapping[str, float], stage: str) -> str:
+    return "  ".join(
+        f"{key.removeprefix(f'{stage}/')} {value:.3f}"
+        for key, value in sorted(metrics.items())
+        if key.startswith(f"{stage}/")
+    )

@@ -1,0 +1,103 @@
+"""Fit a network, test its best checkpoint, and measure what that took."""
+
+import logging
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import wandb
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from datamodules.patches import PatchDataModule
+from experiments.cost import predict_cost
+from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
+from experiments.run import RunFolder
+from lightning_modules.callbacks import summarise_best
+from lightning_modules.segmentation import SegmentationModule
+
+# What Lightning says about choices that are meant.
+MEANT = (
+    "The '.*_dataloader' does not have many workers",  # reading is cheap, see data.num_workers
+    "Checkpoint directory .* exists and is not empty",  # a run's folder holds all of it
+    "You requested to overfit but enabled train dataloader shuffling",  # our sampler: no shuffling
+    "The dirpath has changed from",  # a checkpoint of another run is continued in this folder
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 under torch 2.13
+)
+
+
+def prepare_process(folder: RunFolder) -> None:
+    """Keep W&B's files beside the runs, and Lightning from warnings that are no news."""
+    for variable, value in {
+        "WANDB_ERROR_REPORTING": "false",  # no usage reports, unless the user says so
+        "WANDB_DATA_DIR": str(folder.path.parent / "wandb"),
+        "WANDB_CACHE_DIR": str(folder.path.parent / "wandb"),
+    }.items():
+        os.environ.setdefault(variable, value)
+    for message in MEANT:
+        warnings.filterwarnings("ignore", message)
+    rank_zero = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    rank_zero.addFilter(is_no_advertisement)
+
+
+def is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def fit_and_test(
+    module: SegmentationModule,
+    datamodule: PatchDataModule,
+    trainer: pl.Trainer,
+    folder: RunFolder,
+    config: dict[str, Any],
+    resume: str | Path | None,
+) -> Results:
+    """Train a module, and test the best checkpoint that came out of it.
+
+    Args:
+        module: What is trained.
+        datamodule: Serves patches and whole volumes.
+        trainer: Writes its checkpoints into the folder.
+        folder: Folder of the run.
+        config: The resolved configuration, for the loggers.
+        resume: Checkpoint to continue from.
+    """
+    cost = predict_cost(
+        module.network,
+        datamodule.batch_size,
+        config["model"]["in_channels"],
+        datamodule.sampler.size,
+    )
+    datamodule.prepare_data()  # faults of the user's files show before a logger starts
+    watch = Stopwatch()
+    exit_code = 1
+    try:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+        summarise_best(trainer, module.metrics["val"].best_is_highest)
+        with watch("fit"):
+            trainer.fit(module, datamodule, ckpt_path=resume)
+        epochs = trainer.current_epoch
+        metrics = dict(trainer.callback_metrics)
+        with watch("test"):
+            trainer.test(module, datamodule, ckpt_path=folder.best, verbose=False)
+        metrics |= trainer.callback_metrics
+        exit_code = 0
+    except SIGTERMException:  # its exit code would be 0, as if all were done
+        raise SystemExit(128 + signal.SIGTERM) from None
+    finally:
+        wandb.finish(exit_code=exit_code)  # else the next job of a sweep logs into the same run
+    chosen = {group: name for group, name in config["choices"].items() if name and "/" not in group}
+    return Results(
+        run=folder.path.name,
+        choices=dict(sorted(chosen.items())),
+        metrics={name: float(value) for name, value in metrics.items()},
+        cost=cost,
+        epochs=epochs,
+        fit_s=watch.seconds["fit"],
+        test_s=watch.seconds["test"],
+        peak_memory_mib=peak_memory_mib(),
+        device=device_name(),
+    )

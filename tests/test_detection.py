@@ -18,8 +18,7 @@ from experiments.detection import main as report
 from lightning_modules.checkpoint import load
 from lightning_modules.losses import SparseCrossEntropy, pooled
 from lightning_modules.networks.dnet import Geometry, geometry
-from tests.conftest import ROOT
-from tests.test_metastases import write_case
+from tests.conftest import ROOT, write_metastases
 
 Compose = Callable[..., DictConfig]
 
@@ -38,7 +37,7 @@ def small(tmp_path: Path) -> list[str]:
         x, y, z = rng.integers(4, 16, 3)
         if number:
             labels[x : x + 4, y : y + 4, z : z + 4] = 1
-        write_case(root / f"case_{number}", labels)
+        write_metastases(root / f"case_{number}", labels)
     return [
         "data=metastases",
         f"data.data_set.root={root}",

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import train
-from datamodules import similarity
+from datamodules import template
 from errors import InputError
 from evaluate import THRESHOLDS_NAME, evaluate, part_of
 from tests.conftest import ROOT, write_brats
@@ -128,7 +128,7 @@ def runs(composed: Compose, tiny: list[str], tmp_path: Path, bright_networks: No
 def test_a_sweep_is_predicted_and_scored(
     runs: Path, brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(similarity, "LEAST_OVERLAP", 0)  # a ball is no brain
+    monkeypatch.setattr(template, "LEAST_OVERLAP", 0)  # a ball is no brain
     output = tmp_path / "out"
     asked = given(checkpoint=runs, input=brats, output=output, wandb="offline")
     text = evaluate(asked)

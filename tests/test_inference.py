@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lightning_modules.inference import (
 )
 from lightning_modules.networks import DNet, UNet3D
 from lightning_modules.networks.dnet import Extents, Geometry, geometry
+from tests.conftest import ball
 
 
 @pytest.fixture(scope="module")
@@ -89,25 +91,20 @@ def test_channels_last_is_kept_and_changes_nothing(network: DNet):
 SHAPE = (24, 40, 32)
 
 
-def ball(centre: tuple[int, int, int], radius: float) -> Tensor:
-    grid = torch.stack(torch.meshgrid(*map(torch.arange, SHAPE), indexing="ij"), -1)
-    return torch.linalg.vector_norm(grid - torch.tensor(centre, dtype=torch.float), dim=-1) < radius
-
-
 @pytest.mark.parametrize(
     "inside",
     [
-        ball((12, 20, 16), 11),
-        ball((0, 39, 0), 6),
-        ball((2, 3, 4), 2) | ball((22, 35, 28), 3),
-        ball((12, 20, 16), 1),
-        ball((12, 20, 16), 0),
+        ball(SHAPE, (12, 20, 16), 11),
+        ball(SHAPE, (0, 39, 0), 6),
+        ball(SHAPE, (2, 3, 4), 2) | ball(SHAPE, (22, 35, 28), 3),
+        ball(SHAPE, (12, 20, 16), 0),
+        np.zeros(SHAPE, bool),
     ],
     ids=["brain", "corner", "two", "voxel", "nothing"],
 )
 @torch.inference_mode()
-def test_dense_is_exact_where_part_of_the_volume_is_air(network: DNet, inside: Tensor):
-    image = torch.randn(2, 2, *SHAPE) * inside
+def test_dense_is_exact_where_part_of_the_volume_is_air(network: DNet, inside: np.ndarray):
+    image = torch.randn(2, 2, *SHAPE) * torch.from_numpy(inside)
     expected = reference(network, image)
     error = (network.dense(image) - expected).abs().max()
     assert error < 1e-5 * max(1, expected.abs().max())
@@ -124,7 +121,8 @@ def test_dense_leaves_out_the_air(network: DNet):
 
     image = torch.randn(1, 2, *SHAPE)
     whole = operations(image)
-    assert operations(image * ball((12, 20, 16), 5)) < whole / 2
+    small = torch.from_numpy(ball(SHAPE, (12, 20, 16), 5))
+    assert operations(image * small) < whole / 2
     assert operations(image * 0) < whole / 100
 
 

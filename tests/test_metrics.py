@@ -11,7 +11,7 @@ from monai.metrics.meandice import compute_dice
 
 from lightning_modules.metrics import EvaluationMetrics, RegionMetrics
 from lightning_modules.metrics.regions import SCORES, hausdorff95, region_scores, surface
-from tests.conftest import blob
+from tests.conftest import ball
 
 NOTHING_OUTSIDE = torch.zeros(1, 1, dtype=torch.int64)
 NAN = math.nan
@@ -73,7 +73,7 @@ def test_rows_are_in_the_order_of_the_cases_and_a_case_counts_once():
 
 # Five pairs of masks and what they score, from the definitions and from the tools that use them.
 SHAPE = (48, 48, 48)
-BALL = blob(SHAPE, (24, 24, 24), 10)
+BALL = ball(SHAPE, (24, 24, 24), 10)
 FAR = np.zeros(SHAPE, bool)
 FAR[2:6, 2:6, 2:6] = True
 NOTHING = np.zeros(SHAPE, bool)
@@ -145,7 +145,7 @@ def test_hd95_is_monais_on_random_masks():
         if number % 2:  # compact ones
             centres = draw.uniform(0, shape, (2, 3))
             masks = [
-                blob(shape, tuple(centre), draw.uniform(2, 8)) | (draw.random(shape) < 0.002)
+                ball(shape, tuple(centre), draw.uniform(2, 8)) | (draw.random(shape) < 0.002)
                 for centre in centres
             ]
         if not all(mask.any() for mask in masks):
@@ -188,7 +188,7 @@ def test_hd95_by_naive_loops():
 
 
 def test_hd95_of_equal_masks_is_zero():
-    mask = blob((12, 11, 10), (6, 5, 5), 4)
+    mask = ball((12, 11, 10), (6, 5, 5), 4)
     assert hausdorff95(mask, mask) == (0, 0)
     mask = np.ones((1, 1, 1), bool)
     assert hausdorff95(mask, mask) == (0, 0)
@@ -196,7 +196,7 @@ def test_hd95_of_equal_masks_is_zero():
 
 def test_hd95_is_symmetric_and_does_not_depend_on_the_crop():
     draw = np.random.default_rng(2)
-    a, b = (blob((30, 28, 26), (14, 13, 12), radius) for radius in (9, 6.5))
+    a, b = (ball((30, 28, 26), (14, 13, 12), radius) for radius in (9, 6.5))
     a |= draw.random(a.shape) < 1e-3
     assert hausdorff95(a, b) == hausdorff95(b, a)
     wide = [np.pad(mask, 5) for mask in (a, b)]

@@ -39,7 +39,7 @@ def predict(
         {"checkpoint": [str(path) for path in paths], "device": "cpu", **values},
     )
     predictor = Predictor.of(dict(OmegaConf.to_container(config)))  # pyright: ignore
-    return predictor(predictor.data_set.at(source).cases(), output)
+    return predictor(predictor.data_set.in_folder(source).cases(), output)
 
 
 def reoriented(folder: Path, codes: str) -> None:

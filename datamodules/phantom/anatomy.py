@@ -13,6 +13,7 @@ import numpy as np
 
 from datamodules.phantom.fields import Grid, RandomStreams, interpolate, sigmoid
 from datamodules.phantom.ranges import FIELD_OF_VIEW_MM
+from datamodules.template import template
 from grids import bounding_box
 
 
@@ -62,22 +63,18 @@ def load_template() -> Template:
     from nilearn import datasets
     from scipy.ndimage import distance_transform_edt, gaussian_filter
 
-    maps = [
-        load(resolution=1)
-        for load in (
-            datasets.load_mni152_template,
-            datasets.load_mni152_wm_template,
-            datasets.load_mni152_gm_template,
-        )
-    ]
-    t1, white, grey = (np.asarray(image.dataobj, dtype=np.float32) for image in maps)
-    brain = t1 > 0.2 * t1.max()
+    white, grey = (
+        np.asarray(load(resolution=1).dataobj, dtype=np.float32)
+        for load in (datasets.load_mni152_wm_template, datasets.load_mni152_gm_template)
+    )
+    average = template(spacing_mm=1)
+    brain = average.voxels > 0
     margin = 12  # voxels = mm
     box = tuple(
         slice(max(side.start - margin, 0), side.stop - 1 + margin) for side in bounding_box(brain)
     )
     white, grey, brain = white[box], grey[box], brain[box]
-    origin_mm = np.asarray(maps[0].affine)[:3, 3] + [side.start for side in box]
+    origin_mm = average.affine[:3, 3] + [side.start for side in box]
 
     coarse = brain[::2, ::2, ::2]
     inside_mm, nearest = distance_transform_edt(  # pyright: ignore[reportGeneralTypeIssues]

@@ -2,13 +2,14 @@
 
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from datamodules.brats import BraTS
 from errors import InputError
-from tests.conftest import MODALITIES, write_image
+from tests.conftest import MODALITIES, write_brats, write_image
 
 OLD = dict(zip((*MODALITIES, "mask"), ("_t1", "_t1ce", "_t2", "_flair", "_seg"), strict=True))
 NEW = dict(zip((*MODALITIES, "mask"), ("-t1n", "-t1c", "-t2w", "-t2f", "-seg"), strict=True))
@@ -286,3 +287,11 @@ def test_a_data_set_pickles_with_what_it_found(tmp_path):
     copy = pickle.loads(pickle.dumps(data_set))
     assert copy.cases() == [case]
     assert copy.canonical_labels(np.full((1, 1, 1), 3), case).item() == 4
+
+
+def test_a_case_that_is_only_half_written_is_none(tmp_path: Path):
+    root = write_brats(tmp_path / "data", cases=2)
+    whole = BraTS(root).cases()
+    (partial,) = write_brats(tmp_path / "other", cases=1).iterdir()
+    partial.rename(root / f".partial-1-{partial.name}")
+    assert BraTS(root).cases() == whole

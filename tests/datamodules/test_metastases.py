@@ -59,3 +59,10 @@ def test_another_folder_is_read_in_the_same_way(tmp_path: Path):
     there = Metastases(tmp_path, ["flair", "t1ce"]).in_folder(tmp_path / "there")
     assert there.root == tmp_path / "there"
     assert (there.modalities, there.regions) == (("flair", "t1ce"), ("lesion",))
+
+
+def test_a_case_that_is_only_half_written_is_none(tmp_path: Path):
+    write_metastases(tmp_path / "case", np.zeros((8, 8, 8), np.uint8))
+    whole = Metastases(tmp_path).cases()
+    write_metastases(tmp_path / ".partial-1-other", np.zeros((8, 8, 8), np.uint8))
+    assert Metastases(tmp_path).cases() == whole

@@ -38,7 +38,6 @@ NUMBERS = {
     "model.depth": [3, 4, 5],
     "model.bottleneck": [32, 128],
 }
-CONSTRUCTORS = ("norm", "activation", "downsampling")
 
 
 def groups_of(model: str) -> set[str]:
@@ -54,6 +53,15 @@ def groups_of(model: str) -> set[str]:
                 if group == "loss":
                     files.append(CONF / "loss" / f"{option}.yaml")
     return groups | ({"region_weights"} if model == "aeunet" else set())
+
+
+def constructor_groups() -> list[str]:
+    """Groups that some network takes as an argument: `norm: ${norm}`."""
+    found: set[str] = set()
+    for path in (CONF / "model").glob("*.yaml"):
+        arguments = yaml.safe_load(path.read_text())["model"].values()
+        found |= {str(value).strip("${}") for value in arguments} & set(OPTIONS)
+    return sorted(found)
 
 
 def model_for(group: str, option: str) -> str:
@@ -127,7 +135,7 @@ def test_every_axis_that_is_a_number_changes_the_network_or_is_refused(
 
 
 @pytest.mark.parametrize("model", OPTIONS["model"])
-@pytest.mark.parametrize("group", [*CONSTRUCTORS, "region_weights"])
+@pytest.mark.parametrize("group", [*constructor_groups(), "region_weights"])
 def test_every_axis_that_is_a_group_changes_the_module_or_is_refused(
     composed: Compose, model: str, group: str
 ):

@@ -32,7 +32,7 @@ class CaseMetrics(Metric):
     records: list[Tensor]
 
     def __init__(self, threshold: float = 0.5) -> None:
-        super().__init__()
+        super().__init__(compute_with_cache=False)  # the threshold may change between two calls
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(threshold))
         self.add_state("records", default=[], dist_reduce_fx="cat")

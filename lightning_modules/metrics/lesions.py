@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int, Real
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
@@ -98,7 +98,7 @@ def _count(
     lesion: Int[np.ndarray, " pair"],
     box: Int[np.ndarray, " pair"],
     overlap: Int[np.ndarray, " pair"],
-    volume: Float64[np.ndarray, " l"],
+    volume: Real[np.ndarray, " l"],
     box_voxels: Float64[np.ndarray, "x y z"],
 ) -> Float64[np.ndarray, " counts"]:
     """Compute `COUNTS` of a case at one threshold.

@@ -14,8 +14,8 @@ def dnet() -> DNet:
     network = DNet(in_channels=2, filters=8)
     for part in network.modules():
         if isinstance(part, nn.BatchNorm3d):
-            part.running_mean.normal_()
-            part.running_var.uniform_(0.5, 2)
+            part.running_mean.normal_()  # pyright: ignore[reportOptionalMemberAccess]
+            part.running_var.uniform_(0.5, 2)  # pyright: ignore[reportOptionalMemberAccess]
             part.weight.data.uniform_(0.5, 2)
             part.bias.data.normal_()
     return network.eval()

@@ -170,7 +170,7 @@ def test_pooling_of_a_mask_rounds_sides_up():
 
 @pytest.mark.parametrize("shape", [(12, 8, 16), (9, 8, 5), (3, 14, 7)])
 def test_cross_entropy_of_a_volume_is_that_on_the_coarse_grid(shape: tuple[int, int, int]):
-    """The inference repeats coarse logits to full resolution; every box still counts once."""
+    """The inference repeats coarse logits; even so, every box counts once."""
     torch.manual_seed(0)
     coarse = torch.randn(2, 1, *(-(-side // 4) for side in shape))
     mask = random_masks(2, 1, *shape, share=0.01)

@@ -111,8 +111,10 @@ def retest(run: RunFolder, target_fp: float | None = None) -> RetestedRun:
     """
     import torch
 
+    from experiments.results import Results
     from lightning_modules.checkpoint import load
 
+    results = Results.read(run)
     module, config = load(run.best)
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")
     threshold = module.threshold
@@ -124,8 +126,8 @@ def retest(run: RunFolder, target_fp: float | None = None) -> RetestedRun:
         module=module,
         report=score_lesions(module, volumes_of(run, config, "test")),
         threshold=threshold,
-        fit_s=run.results.fit_s,
-        parameters=run.results.cost.parameters,
+        fit_s=results.fit_s,
+        parameters=results.cost.parameters,
     )
 
 

@@ -74,10 +74,12 @@ def verdict_rows(sweep: Sweep, comparisons: Comparisons) -> list[dict[str, str]]
 
 def cell_rows(sweep: Sweep) -> list[dict[str, str]]:
     """Make a row for the baseline and every level: Dice over the seeds, and cost."""
+    from experiments.results import Results
+
     rows = []
     for cell in (BASELINE_CELL, *sweep.levels()):
         runs = sweep.runs_of(cell)
-        cost = runs[0].folder.results.cost
+        cost = Results.read(runs[0].folder).cost
         row = {**cell._asdict(), "seeds": " ".join(str(run.seed) for run in runs)}
         for region in sweep.margin:
             means = np.nanmean(sweep.dice(cell, region), axis=1)
@@ -90,7 +92,7 @@ def cell_rows(sweep: Sweep) -> list[dict[str, str]]:
                 "parameters": f"{cost.parameters:,}",
                 "GFLOP a patch": f"{cost.gflops:.2f}",
                 "MiB a step": f"{cost.memory_mib:.0f}",
-                "training": f"{np.mean([run.folder.results.fit_s for run in runs]):.0f} s",
+                "training": f"{np.mean([Results.read(run.folder).fit_s for run in runs]):.0f} s",
             }
         )
     return rows

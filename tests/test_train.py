@@ -17,6 +17,7 @@ from PIL import Image
 import train
 from errors import InputError
 from experiments.command import USER_ERRORS, one_line
+from experiments.results import Results
 from experiments.run import RunFolder
 from lightning_modules import checkpoint
 from tests.conftest import ROOT
@@ -52,7 +53,7 @@ def test_a_sweep_is_two_runs_with_results_and_dashboards(tiny: list[str], tmp_pa
         ["aeunet", "group", "s0"],
     ]
     for folder, norm in zip(folders, ("batch", "group"), strict=True):
-        results = RunFolder(folder).results
+        results = Results.read(RunFolder(folder))
         assert results.choices["norm"] == norm
         assert 0 <= results.metrics["test/dice_WT"] <= 1
         assert f"test/dice {results.metrics['test/dice']:.3f}".split("/")[1] in done.stdout
@@ -87,7 +88,7 @@ def check_dashboard(folder: Path, norm: str) -> None:
     for name in ("val/slice/", "test/cases", "test/pictures"):
         assert any(key.startswith(name) for key in logged), name
     tested = next(item["test/dice_WT"] for item in history if "test/dice_WT" in item)
-    assert tested == pytest.approx(RunFolder(folder).results.metrics["test/dice_WT"])
+    assert tested == pytest.approx(Results.read(RunFolder(folder)).metrics["test/dice_WT"])
     summaries = [record["metric"] for record in found if "metric" in record]
     best = next(metric for metric in summaries if metric.get("name") == "val/dice_WT")
     assert best["summary"] == {"max": True}
@@ -222,7 +223,7 @@ def test_trainers_for_finding_bugs(composed: Compose, tiny: list[str], trainer: 
     short = [override for override in tiny if not override.startswith("trainer.max_epochs")]
     config = composed(*short, "logger=csv", f"trainer={trainer}")
     assert 0 <= train.train(config) <= 1
-    assert RunFolder(Path(config.run_dir)).results.epochs == epochs
+    assert Results.read(RunFolder(Path(config.run_dir))).epochs == epochs
 
 
 def test_a_runs_folder_holds_the_files_that_its_class_names(composed: Compose, tiny: list[str]):

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 import train
 from experiments import krivov2018
 from experiments.krivov2018 import bootstrap, retest, write_report
+from experiments.results import Results
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import load
 from tests.conftest import ROOT, write_metastases
@@ -94,9 +95,9 @@ def test_scores_of_the_report_are_those_of_the_run(runs: Path):
     for model in MODELS:
         run = RunFolder(runs / model)
         tested = retest(run)
-        assert tested.threshold == pytest.approx(run.results.metrics["test/threshold"])
+        assert tested.threshold == pytest.approx(Results.read(run).metrics["test/threshold"])
         for name, score in tested.report.scores(tested.threshold).items():
-            logged = run.results.metrics.get(f"test/{name}", np.nan)
+            logged = Results.read(run).metrics.get(f"test/{name}", np.nan)
             assert score == pytest.approx(logged, nan_ok=True), name
 
 

@@ -195,8 +195,8 @@ def test_without_a_baseline_there_is_no_report(sweep: Path):
 
 def test_cells_show_unequal_budgets(sweep: Path):
     run = RunFolder(sweep / "model.depth-2-s0")
-    assert run.results.cost == COST
-    replace(run.results, cost=replace(COST, parameters=7)).write(run)
+    assert Results.read(run).cost == COST
+    replace(Results.read(run), cost=replace(COST, parameters=7)).write(run)
     rows = null_report.cell_rows(read_sweep(sweep))
     assert [row["parameters"] for row in rows] == ["1,000", "1,000", "7"]
 

@@ -92,21 +92,31 @@ def test_what_has_no_effect_is_part_of_the_configuration():
     assert set(identity(config)) == set(IDENTITY)
 
 
-def test_a_run_is_claimed_by_one_process(tmp_path: Path):
+HOLD = """
+import sys
+from pathlib import Path
+from experiments.run import RunFolder
+
+with RunFolder(Path(sys.argv[1])).claimed() as mine:
+    print(mine, flush=True)
+    input()
+"""
+
+
+@pytest.mark.process
+def test_the_claim_of_a_killed_process_ends(tmp_path: Path):
     folder = RunFolder(tmp_path / "run")
-    code = (
-        "import sys; from pathlib import Path; from experiments.run import RunFolder\n"
-        "with RunFolder(Path(sys.argv[1])).claimed() as mine: print(mine)"
-    )
-
-    def other() -> str:
-        command = [sys.executable, "-c", code, str(folder.path)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
+    command = [sys.executable, "-c", HOLD, str(folder.path)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        with folder.claimed() as mine:
+            assert not mine
+        other.kill()
     with folder.claimed() as mine:
         assert mine
-        assert other() == "False"
-    assert other() == "True"
 
 
 def test_finished_runs_of_a_folder(tmp_path: Path):

@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 
+from experiments.results import Results
 from experiments.run import finished_runs
 from tests.conftest import ROOT
 
@@ -33,7 +34,7 @@ def test_two_jobs_side_by_side_end_with_their_results(tiny: list[str], tmp_path:
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = finished_runs(tmp_path)
-    assert {run.results.choices["norm"] for run in runs} == {"group", "batch"}
+    assert {Results.read(run).choices["norm"] for run in runs} == {"group", "batch"}
 
 
 JOB = """

@@ -53,7 +53,7 @@ def main(config: DictConfig) -> float:
 
 def train(config: DictConfig) -> float:
     """Run what `config` describes, or read what came out of it before; returns the objective."""
-    from experiments.results import show
+    from experiments.results import Results, show
 
     folder = RunFolder(Path(config.run_dir))
     with folder.claimed() as mine:
@@ -61,7 +61,7 @@ def train(config: DictConfig) -> float:
             logging.warning("%s: another process is training it", folder.path)
             return math.nan
         if folder.is_finished and not config.again:
-            results = folder.results
+            results = Results.read(folder)
             logging.info("finished before; again=true trains it again")
         else:
             results = run(config, folder)

@@ -81,7 +81,9 @@ class BraTS:
         grades: dict[str, str] = {}
         files_of: dict[tuple[Path, str], list[tuple[str, Path]]] = defaultdict(list)
         # os.walk follows links, which rglob does not: data sets are often folders of links.
-        for folder, _, names in os.walk(self.root, followlinks=True):
+        for folder, subfolders, names in os.walk(self.root, followlinks=True):
+            # Hidden folders are cases that are being written, or that a killed process left.
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             for name in sorted(names):
                 if match := _FILE.fullmatch(name):
                     found = (_KIND[match["ending"]], Path(folder, name))

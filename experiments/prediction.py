@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from datamodules.nifti import open_volume, read_volume, write_volume
-from datamodules.preprocessing import Preprocessing, Volume, restore
 from rich.progress import Progress
 
 from datamodules.cases import Case, DataSet, compared
+from datamodules.nifti import open_volume, read_volume, write_volume
+from datamodules.preprocessing import Preprocessing, Volume, restore
 from datamodules.sampling import Cut, whole
 from errors import InputError
 from experiments.operating_point import OperatingPoint

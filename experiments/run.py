@@ -9,16 +9,12 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from errors import InputError
-
-if TYPE_CHECKING:
-    from experiments.results import Results
 
 # What a run is: its name is a hash of these nodes of the configuration, less the keys below.
 IDENTITY = ("module", "data", "seed", "trainer", "callbacks")
@@ -138,13 +134,6 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         return self.results_file.is_file()
-
-    @cached_property
-    def results(self) -> "Results":
-        """What came out of a finished run."""
-        from experiments.results import Results
-
-        return Results.from_json(json.loads(self.results_file.read_text()))
 
     def split(self) -> dict[str, list[str]]:
         """Names of the cases of each part.

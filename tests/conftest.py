@@ -1,7 +1,7 @@
 """Tiny data for all tests: real NIfTI files, made here, seconds in all."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import nibabel as nib
@@ -17,16 +17,74 @@ from lightning_modules import checkpoint
 
 ROOT = Path(__file__).parents[1]
 RAS_1MM = np.eye(4)
+MODALITIES = ("t1", "t1ce", "t2", "flair")
 
 # Tensors of tests are too small to be worth a second thread, here and in commands that tests run.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def blob(shape: tuple[int, ...], centre: tuple[float, ...], radius: float) -> np.ndarray:
-    """A ball in a volume, bool."""
+def ball(shape: tuple[int, ...], centre: tuple[float, ...], radius: float) -> np.ndarray:
+    """Make a mask that is True within a radius of a point, the surface included."""
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), -1)
     return np.linalg.norm(grid - np.array(centre), axis=-1) <= radius
+
+
+def affine_of(
+    axes: str,
+    spacing_mm: tuple[float, ...] = (1, 1, 1),
+    origin_mm: tuple[float, ...] = (-40, 13, 7),
+) -> np.ndarray:
+    """Make the affine (4, 4) of a grid whose axes point to these directions, such as "LPS"."""
+    affine = np.zeros((4, 4))
+    for axis, letter in enumerate(axes):
+        row = next(row for row, pair in enumerate(("LR", "PA", "IS")) if letter in pair)
+        affine[row, axis] = spacing_mm[axis] * (1 if letter in "RAS" else -1)
+    affine[:3, 3] = origin_mm
+    affine[3, 3] = 1
+    return affine
+
+
+def write_image(path: Path, voxels: np.ndarray, affine: np.ndarray = RAS_1MM) -> Path:
+    """Write a NIfTI file and the folder that it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+    return path
+
+
+def write_case(
+    folder: Path,
+    images: Mapping[str, np.ndarray],
+    labels: np.ndarray | None,
+    affine: np.ndarray = RAS_1MM,
+    prefix: str = "",
+) -> None:
+    """Write a file per modality and, if there are labels, a mask, as `<prefix>t1.nii.gz`."""
+    masks = {} if labels is None else {"seg": labels}
+    for kind, voxels in {**images, **masks}.items():
+        write_image(folder / f"{prefix}{kind}.nii.gz", voxels, affine)
+
+
+def make_arrays(
+    shape: tuple[int, ...] = (20, 24, 16), seed: int = 0, background: float = 0.0
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Make an off-centre head with a tumour of three labels.
+
+    Returns:
+        Modality -> image; canonical labels; mask of the head; all (X, Y, Z).
+    """
+    rng = np.random.default_rng(seed)
+    x, y, z = np.array(shape) / 2
+    brain = ball(shape, (x + 1, y - 2, z + 0.5), min(shape) / 2 - 2)
+    labels = np.zeros(shape, np.uint8)
+    for label, radius in ((2, 4.2), (1, 3.1), (4, 1.6)):
+        labels[ball(shape, (x + 2, y - 3, z + 1), radius) & brain] = label
+    images = {}
+    for n, modality in enumerate(MODALITIES):
+        voxels = 10**n * (rng.normal(3, 1, shape) + labels)  # below 0 here and there
+        voxels[brain & (voxels == background)] += 1
+        images[modality] = np.where(brain, voxels, background).astype(np.float32)
+    return images, labels, brain
 
 
 def write_brats(
@@ -36,20 +94,24 @@ def write_brats(
     for index in range(cases):
         rng = np.random.default_rng(index)
         name = f"BraTS2021_{index:05d}"
-        folder = root / name
-        folder.mkdir(parents=True)
-        brain = blob(shape, tuple((n - 1) / 2 for n in shape), min(shape) / 2 - 1)
+        brain = ball(shape, tuple((n - 1) / 2 for n in shape), min(shape) / 2 - 1)
         centre = tuple((n - 1) / 2 + rng.uniform(-2, 2) for n in shape)
         labels = np.zeros(shape, np.uint8)
         for label, radius in ((2, 5.0), (1, 3.5), (4, 2.0)):
-            labels[blob(shape, centre, radius)] = label
-        for channel, modality in enumerate(("t1", "t1ce", "t2", "flair")):
+            labels[ball(shape, centre, radius)] = label
+        images = {}
+        for channel, modality in enumerate(MODALITIES):
             image = 100 + 5 * rng.standard_normal(shape) + 40 * labels * (1 + channel)
-            voxels = np.where(brain, image, 0).astype(np.int16)
-            nib.save(nib.Nifti1Image(voxels, RAS_1MM), folder / f"{name}_{modality}.nii.gz")
-        if with_masks:
-            nib.save(nib.Nifti1Image(labels, RAS_1MM), folder / f"{name}_seg.nii.gz")
+            images[modality] = np.where(brain, image, 0).astype(np.int16)
+        write_case(root / name, images, labels if with_masks else None, prefix=f"{name}_")
     return root
+
+
+def write_metastases(folder: Path, labels: np.ndarray, prefix: str = "") -> None:
+    """Write a case in the layout of `Metastases`: bright lesions in noise."""
+    rng = np.random.default_rng(0)
+    image = (100 + rng.standard_normal(labels.shape) * 5 + 80 * labels).astype(np.int16)
+    write_case(folder, {"t1ce": image}, labels.astype(np.uint8), prefix=prefix)
 
 
 @pytest.fixture(scope="session")
@@ -75,8 +137,8 @@ def tiny(brats: Path, cache_root: Path, tmp_path: Path) -> list[str]:
         "split.test=0.34",
         "patches=aeunet_proxy",
         "patches.size=16",
-        "patches.window=16",
-        "patches.overlap=0.5",
+        "inference.patch_size=16",
+        "inference.overlap=0.5",
         "patches.per_epoch=4",
         "patches.batch_size=2",
         "data.num_workers=0",

@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_modules.results import Results
 from omegaconf import DictConfig
 from PIL import Image
 
 import train
 from errors import InputError
+from experiments.command import USER_ERRORS, one_line
+from experiments.results import Results
+from experiments.run import RunFolder
 from lightning_modules import checkpoint
 from tests.conftest import ROOT
 
 Compose = Callable[..., DictConfig]
+
+pytestmark = pytest.mark.process
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +53,7 @@ def test_a_sweep_is_two_runs_with_results_and_dashboards(tiny: list[str], tmp_pa
         ["aeunet", "group", "s0"],
     ]
     for folder, norm in zip(folders, ("batch", "group"), strict=True):
-        results = Results.read(folder)
+        results = Results.read(RunFolder(folder))
         assert results.choices["norm"] == norm
         assert 0 <= results.metrics["test/dice_WT"] <= 1
         assert f"test/dice {results.metrics['test/dice']:.3f}".split("/")[1] in done.stdout
@@ -84,7 +88,7 @@ def check_dashboard(folder: Path, norm: str) -> None:
     for name in ("val/slice/", "test/cases", "test/pictures"):
         assert any(key.startswith(name) for key in logged), name
     tested = next(item["test/dice_WT"] for item in history if "test/dice_WT" in item)
-    assert tested == pytest.approx(Results.read(folder).metrics["test/dice_WT"])
+    assert tested == pytest.approx(Results.read(RunFolder(folder)).metrics["test/dice_WT"])
     summaries = [record["metric"] for record in found if "metric" in record]
     best = next(metric for metric in summaries if metric.get("name") == "val/dice_WT")
     assert best["summary"] == {"max": True}
@@ -189,7 +193,7 @@ def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: l
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.sampler.patch_size=20", "patch_size: 20x20x20 is not divisible by 8"),
+        ("patches.size=20", "patch_size: 20x20x20 is not divisible by 8"),
         ("data.data_set.root=nowhere", "nowhere"),
         ("data.data_set.modalities=[t1,t9]", "t9"),
         ("split.test=0.99", "split"),
@@ -200,21 +204,35 @@ def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: l
 def test_what_cannot_be_used_is_one_line(
     composed: Compose, tiny: list[str], override: str, message: str
 ):
-    with pytest.raises(train.USER_ERRORS) as error:
+    with pytest.raises(USER_ERRORS) as error:
         train.train(composed(*tiny, "logger=csv", "trainer.max_epochs=3", override))
-    line = train.one_line(error.value)
+    line = one_line(error.value)
     assert message in line
     assert "\n" not in line
 
 
 def test_the_line_is_all_that_the_command_prints_of_an_error(tiny: list[str]):
-    done = cli(*tiny, "logger=csv", "data.sampler.patch_size=20")
+    done = cli(*tiny, "logger=csv", "patches.size=20")
     assert done.returncode == 1
     assert (done.stdout + done.stderr).count("not divisible by 8") == 1
     assert "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("trainer", ["debug", "overfit"])
-def test_trainers_for_finding_bugs(composed: Compose, tiny: list[str], trainer: str):
-    config = composed(*tiny, "logger=csv", f"trainer={trainer}")
+@pytest.mark.parametrize(("trainer", "epochs"), [("debug", 1), ("overfit", 50)])
+def test_trainers_for_finding_bugs(composed: Compose, tiny: list[str], trainer: str, epochs: int):
+    short = [override for override in tiny if not override.startswith("trainer.max_epochs")]
+    config = composed(*short, "logger=csv", f"trainer={trainer}")
     assert 0 <= train.train(config) <= 1
+    assert Results.read(RunFolder(Path(config.run_dir))).epochs == epochs
+
+
+def test_a_runs_folder_holds_the_files_that_its_class_names(composed: Compose, tiny: list[str]):
+    config = composed(*tiny, "logger=csv")
+    train.train(config)
+    run = RunFolder(Path(config.run_dir))
+    named = (run.best, run.last, run.results_file, run.split_file, run.cases_file)
+    assert all(path.is_file() for path in (*named, *run.metrics_files))
+    assert len(run.metrics_files) == 1
+    assert run.split()["test"] == sorted(path.stem for path in run.pictures.glob("*.png"))
+    written = {path.name for path in run.path.iterdir()}
+    assert written - {path.name for path in (*named, run.pictures)} == {"csv", ".claim"}

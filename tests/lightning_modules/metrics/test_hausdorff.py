@@ -6,7 +6,7 @@ import torch
 from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 
 from lightning_modules.metrics.hausdorff import hausdorff95, surface
-from tests.conftest import blob
+from tests.conftest import ball
 
 
 def test_hd95_is_monais_on_random_masks():
@@ -19,7 +19,7 @@ def test_hd95_is_monais_on_random_masks():
         if number % 2:  # compact masks, with a few single voxels
             centres = draw.uniform(0, shape, (2, 3))
             masks = [
-                blob(shape, tuple(centre), draw.uniform(2, 8)) | (draw.random(shape) < 0.002)
+                ball(shape, tuple(centre), draw.uniform(2, 8)) | (draw.random(shape) < 0.002)
                 for centre in centres
             ]
         if not all(mask.any() for mask in masks):
@@ -62,7 +62,7 @@ def test_hd95_by_naive_loops():
 
 
 def test_hd95_of_equal_masks_is_zero():
-    mask = blob((12, 11, 10), (6, 5, 5), 4)
+    mask = ball((12, 11, 10), (6, 5, 5), 4)
     assert hausdorff95(mask, mask) == (0, 0)
     mask = np.ones((1, 1, 1), bool)
     assert hausdorff95(mask, mask) == (0, 0)
@@ -70,7 +70,7 @@ def test_hd95_of_equal_masks_is_zero():
 
 def test_hd95_is_symmetric_and_does_not_depend_on_the_crop():
     draw = np.random.default_rng(2)
-    a, b = (blob((30, 28, 26), (14, 13, 12), radius) for radius in (9, 6.5))
+    a, b = (ball((30, 28, 26), (14, 13, 12), radius) for radius in (9, 6.5))
     a |= draw.random(a.shape) < 1e-3
     assert hausdorff95(a, b) == hausdorff95(b, a)
     wide = [np.pad(mask, 5) for mask in (a, b)]

@@ -46,7 +46,7 @@ TOYS = {
         volume((s(4, 6), 4, 4)), volume((s(1, 4), 4, 4)), (0, 1, 0, 0, 0)),
     "a tiny lesion missed and a voxel of nothing": (
         volume((1, 1, 1), (6, 6, 6)), volume((6, 6, 6), (9, s(8, 10), 9)), (1, 1, 1, 0, 0)),
-    "one voxel hit by a huge blob": (
+    "one voxel hit by a huge ball": (
         volume((s(1, 8), s(1, 8), s(1, 8))), volume((4, 4, 4)), (1, 0, 1, 0, 0)),
     "a bridge from one lesion towards another": (
         volume((s(1, 6), 4, 4)), volume((s(1, 4), 4, 4), (s(7, 9), 4, 4)), (1, 0, 1, 0, 0)),

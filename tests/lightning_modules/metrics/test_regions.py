@@ -11,7 +11,7 @@ from monai.metrics.meandice import compute_dice
 
 from lightning_modules.metrics import RegionMetrics
 from lightning_modules.metrics.regions import SCORES, case_scores, region_scores
-from tests.conftest import blob
+from tests.conftest import ball
 
 NAN = math.nan
 
@@ -88,7 +88,7 @@ def test_rows_are_in_the_order_of_the_cases_and_a_case_counts_once():
 
 # Five pairs of masks and their scores, from the definitions and from tools that use them.
 SHAPE = (48, 48, 48)
-BALL = blob(SHAPE, (24, 24, 24), 10)
+BALL = ball(SHAPE, (24, 24, 24), 10)
 FAR = np.zeros(SHAPE, bool)
 FAR[2:6, 2:6, 2:6] = True
 NOTHING = np.zeros(SHAPE, bool)

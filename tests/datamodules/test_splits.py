@@ -1,26 +1,21 @@
-"""Reading of single files, and splits."""
+"""Splits: partitions, strata, folds, and the file that keeps them."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 
-from datamodules.cases import (
-    Case,
+from datamodules.cases import Case
+from datamodules.splits import (
+    PARTS,
+    SPLIT_NAME,
     FileSplit,
     FoldSplit,
     FractionSplit,
     Split,
-    open_volume,
-    read_volume,
+    read_names,
 )
 from errors import InputError
-
-PARTS = ("train", "validation", "test")
 
 
 def make_cases(**counts):
@@ -45,106 +40,6 @@ def assert_partition(split, cases):
     assert sorted(assigned) == sorted(case.name for case in cases)
     for part in PARTS:
         assert names(split)[part] == sorted(names(split)[part])
-
-
-# Reading
-
-
-def write(path, voxels, affine=None, dtype=None):
-    image = nib.Nifti1Image(np.asarray(voxels), np.eye(4) if affine is None else affine)
-    if dtype:
-        image.set_data_dtype(dtype)
-    nib.save(image, path)
-    return path
-
-
-@pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR", "IRA", "ALS"])
-def test_axes_come_in_ras_order_and_voxels_stay_where_they_are(tmp_path, axes):
-    rng = np.random.default_rng(0)
-    voxels = rng.integers(-300, 3000, (5, 6, 7)).astype(np.int16)
-    affine = np.zeros((4, 4))
-    for axis, letter in enumerate(axes):
-        row = ["LR", "PA", "IS"].index(next(pair for pair in ("LR", "PA", "IS") if letter in pair))
-        affine[row, axis] = (1.5, 2, 3)[axis] * (1 if letter in "RAS" else -1)
-    affine[:, 3] = (11, -7, 5, 1)
-    path = write(tmp_path / "a.nii.gz", voxels, affine)
-
-    read, read_affine = read_volume(path)
-
-    assert "".join(nib.orientations.aff2axcodes(read_affine)) == "RAS"
-    assert read.dtype == np.float32
-    for index in [(0, 0, 0), (4, 5, 6), (1, 3, 2)]:
-        mm = affine @ (*index, 1)
-        there = np.rint(np.linalg.inv(read_affine) @ mm)[:3].astype(int)
-        assert read[tuple(there)] == voxels[index]
-
-
-def test_scaling_in_the_header_is_applied(tmp_path):
-    image = nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.eye(4))
-    image.header.set_slope_inter(0.5, 3)
-    image.header.set_data_dtype(np.int16)
-    raw = nib.Nifti1Image(np.arange(24).reshape(2, 3, 4) * 0.5 + 3, np.eye(4), image.header)
-    nib.save(raw, tmp_path / "a.nii")
-    assert nib.Nifti1Image.from_filename(tmp_path / "a.nii").header["scl_slope"] != 1
-    np.testing.assert_allclose(
-        read_volume(tmp_path / "a.nii")[0].ravel(), np.arange(24) * 0.5 + 3, atol=1e-3
-    )
-
-
-def test_a_single_volume_in_four_dimensions_is_read(tmp_path):
-    voxels = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    read, _ = read_volume(write(tmp_path / "a.nii.gz", voxels[..., None]))
-    np.testing.assert_array_equal(read, voxels)
-
-
-def sheared():
-    affine = np.eye(4)
-    affine[0, 1] = np.tan(np.radians(10))
-    return affine
-
-
-@pytest.mark.parametrize(
-    ("voxels", "affine", "message"),
-    [
-        (np.zeros((2, 3, 4, 2)), None, r"expected one 3-D volume, found shape \(2, 3, 4, 2\)"),
-        (np.zeros((2, 3)), None, r"expected one 3-D volume, found shape \(2, 3\)"),
-        (np.full((2, 3, 4), np.nan), None, "expected finite voxels, found 24 NaN or infinite"),
-        (np.zeros((2, 3, 4)), sheared(), r"expected orthogonal axes, found two at 80\.0 degrees"),
-    ],
-)
-def test_a_volume_that_cannot_be_used_is_named(tmp_path, voxels, affine, message):
-    path = write(tmp_path / "a.nii.gz", voxels.astype(np.float32), affine)
-    with pytest.raises(InputError, match=f"^{path}: {message}$"):
-        read_volume(path)
-
-
-def test_a_colour_image_is_named(tmp_path):
-    colour = np.zeros((2, 3, 4), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
-    path = write(tmp_path / "a.nii.gz", colour)
-    with pytest.raises(InputError, match=f"^{path}: expected a readable NIfTI file, found: .+$"):
-        read_volume(path)
-
-
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-@pytest.mark.parametrize("kept", [0, 20, 0.5, 0.95])
-def test_a_truncated_file_is_named(tmp_path, ending, kept):
-    noise = np.random.default_rng(0).standard_normal((12, 13, 14)).astype(np.float32)
-    path = write(tmp_path / f"a{ending}", noise)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
-    with pytest.raises(InputError, match=f"^{path}: expected a readable NIfTI file, found: .+$"):
-        read_volume(path)
-
-
-def test_other_content_and_no_file_are_named(tmp_path):
-    path = tmp_path / "a.nii.gz"
-    for make in (lambda: None, lambda: path.write_text("hello"), lambda: path.unlink()):
-        make()
-        with pytest.raises(InputError, match=f"^{path}: expected a readable NIfTI file, found: "):
-            open_volume(path)
-
-
-# Splits
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -236,14 +131,15 @@ def test_what_cannot_be_split_is_said(split, count, message):
 def test_a_written_split_is_read_back(tmp_path):
     cases = make_cases(HGG=6, LGG=5)
     split = FractionSplit(0.2, 0.2, 3)(cases)
-    split.write(tmp_path / "split.json")
-    assert FileSplit(tmp_path / "split.json")(cases[::-1]) == split
+    split.write(tmp_path / SPLIT_NAME)
+    assert FileSplit(tmp_path / SPLIT_NAME)(cases[::-1]) == split
+    assert read_names(tmp_path / SPLIT_NAME) == names(split)
 
 
 def test_a_file_may_leave_cases_out(tmp_path):
     cases = make_cases(none=3)
-    Split(cases[:1], cases[1:2], []).write(tmp_path / "split.json")
-    assert names(FileSplit(tmp_path / "split.json")(cases)) == {
+    Split(cases[:1], cases[1:2], []).write(tmp_path / SPLIT_NAME)
+    assert names(FileSplit(tmp_path / SPLIT_NAME)(cases)) == {
         "train": ["none000"],
         "validation": ["none001"],
         "test": [],
@@ -261,12 +157,13 @@ def test_a_file_may_leave_cases_out(tmp_path):
         ('{"train": ["none000"]}', "expected .*train, validation, test, found other content"),
         ('["none000"]', "expected .*, found other content"),
         ('{"train": "none000", "validation": [], "test": []}', "expected .*, found other content"),
+        ('{"train": [0], "validation": [], "test": []}', "expected .*, found other content"),
         ("train", "expected .*, found: Expecting value"),
         (None, "expected .*, found: .*No such file"),
     ],
 )
 def test_a_split_file_that_does_not_fit_is_named(tmp_path, content, message):
-    path = tmp_path / "split.json"
+    path = tmp_path / SPLIT_NAME
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=f"^{path}: {message}") as error:
@@ -275,18 +172,8 @@ def test_a_split_file_that_does_not_fit_is_named(tmp_path, content, message):
 
 
 def test_the_file_is_plain_json(tmp_path):
-    FractionSplit(0.25, 0.25, 0)(make_cases(none=4)).write(tmp_path / "split.json")
-    content = json.loads((tmp_path / "split.json").read_text())
+    FractionSplit(0.25, 0.25, 0)(make_cases(none=4)).write(tmp_path / SPLIT_NAME)
+    content = json.loads((tmp_path / SPLIT_NAME).read_text())
     assert list(content) == list(PARTS)
     everyone = sorted(name for part in content.values() for name in part)
     assert everyone == [f"none00{n}" for n in range(4)]
-
-
-def test_importing_is_light():
-    heavy = ["torch", "torchio", "sklearn", "nibabel", "scipy", "SimpleITK", "monai"]
-    code = f"import sys, datamodules.brats; print([m for m in {heavy} if m in sys.modules])"
-    root = Path(__file__).parent.parent
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"

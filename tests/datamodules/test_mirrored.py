@@ -10,9 +10,10 @@ import torchio as tio
 from torch import Tensor, nn
 
 from datamodules.brats import BraTS
-from datamodules.cache import Cache, cut
+from datamodules.cache import Cache
 from datamodules.patches import PatchQueue, Volumes
 from datamodules.sampling import BalancedSampler, cut_with_mirrored, whole
+from grids import cut
 from lightning_modules.inference import Ensemble, SlidingWindow
 from tests.conftest import write_brats
 
@@ -63,7 +64,7 @@ def test_scaled_patches_show_both_sides_at_the_same_scale(scale: float, side: in
         np.arange(side, dtype=np.float32)[None, :, None, None], (1, side, 20, 20)
     )
     labels = np.zeros(image.shape[1:], np.uint8)
-    sampler = BalancedSampler(8, lesion_share=0, scale=(scale, scale), inputs=cut_with_mirrored)
+    sampler = BalancedSampler(8, lesion_share=0, scale=(scale, scale), mirrored=True)
     torch.manual_seed(0)
     for _ in range(10):
         own, opposite = sampler.draw(image, labels, np.empty(0, np.int64)).image
@@ -75,10 +76,10 @@ def test_training_patches_are_windows_of_the_whole_volume_after_flips(tmp_path: 
     """Whatever was flipped, both sides were: turned back, the patch lies in the whole volume."""
     data_set = BraTS(write_brats(tmp_path / "data", cases=2, shape=(15, 12, 12)))
     cases = Cache(tmp_path / "cache", 1, "brain").build(data_set.cases(), data_set)
-    sampler = BalancedSampler(6, inputs=cut_with_mirrored)
+    sampler = BalancedSampler(6, mirrored=True)
     flip = tio.RandomFlip(axes=(0, 1, 2), flip_probability=0.5)
     queue = PatchQueue(cases, data_set, sampler, flip, patches_per_epoch=24, seed=0)
-    volumes = Volumes(cases, data_set, cut_with_mirrored)
+    volumes = Volumes(cases, data_set, mirrored=True)
     by_name = {volumes[i]["case"]: volumes[i]["image"] for i in range(2)}
     for case in cases:
         own, opposite = by_name[case.name].split(4)

@@ -2,28 +2,27 @@
 
 import pickle
 import re
+from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 
 from datamodules.brats import BraTS
 from errors import InputError
+from tests.conftest import MODALITIES, write_brats, write_image
 
-MODALITIES = ("t1", "t1ce", "t2", "flair")
 OLD = dict(zip((*MODALITIES, "mask"), ("_t1", "_t1ce", "_t2", "_flair", "_seg"), strict=True))
 NEW = dict(zip((*MODALITIES, "mask"), ("-t1n", "-t1c", "-t2w", "-t2f", "-seg"), strict=True))
 
 
 def write_labels(path, values, dtype=np.uint8):
-    path.parent.mkdir(parents=True, exist_ok=True)
     voxels = np.zeros((2, 3, 4), dtype)
     voxels.flat[: len(values)] = values
-    nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
-    return path
+    return write_image(path, voxels)
 
 
-def write_case(folder, name, endings=OLD, suffix=".nii.gz", without=(), labels=(1, 2, 4)):
+def make_files(folder, name, endings=OLD, suffix=".nii.gz", without=(), labels=(1, 2, 4)):
+    """Make the files of a case; the images are empty, for listing reads none."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, ending in endings.items():
         path = folder / f"{name}{ending}{suffix}"
@@ -55,7 +54,7 @@ def fails(message):
 def test_every_year(tmp_path, endings, places, grades, suffix, with_masks):
     for place in places:
         folder = tmp_path / place
-        write_case(folder, folder.name, endings, suffix, without=() if with_masks else ("mask",))
+        make_files(folder, folder.name, endings, suffix, without=() if with_masks else ("mask",))
 
     cases = BraTS(tmp_path).cases()
 
@@ -71,15 +70,15 @@ def test_every_year(tmp_path, endings, places, grades, suffix, with_masks):
 
 
 def test_modalities_come_in_the_order_asked_for_and_others_may_be_missing(tmp_path):
-    write_case(tmp_path / "A", "A", without=("t2", "t1"))
+    make_files(tmp_path / "A", "A", without=("t2", "t1"))
     (case,) = BraTS(tmp_path, modalities=("flair", "t1ce")).cases()
     assert [path.name for path in case.images.values()] == ["A_flair.nii.gz", "A_t1ce.nii.gz"]
 
 
 def test_one_flat_folder_holds_many_cases(tmp_path):
-    write_case(tmp_path, "P1", without=("mask",))
-    write_case(tmp_path, "P1_b")
-    write_case(tmp_path, "P10", NEW)
+    make_files(tmp_path, "P1", without=("mask",))
+    make_files(tmp_path, "P1_b")
+    make_files(tmp_path, "P10", NEW)
     (tmp_path / "._P1_t1.nii.gz").touch()  # what macOS leaves on foreign disks
     cases = BraTS(tmp_path).cases()
     assert [(case.name, case.mask and case.mask.name) for case in cases] == [
@@ -91,7 +90,7 @@ def test_one_flat_folder_holds_many_cases(tmp_path):
 
 
 def test_linked_folders_are_followed(tmp_path):
-    write_case(tmp_path / "store" / "A", "A")
+    make_files(tmp_path / "store" / "A", "A")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "A").symlink_to(tmp_path / "store" / "A")
     assert [case.name for case in BraTS(tmp_path / "data").cases()] == ["A"]
@@ -100,7 +99,7 @@ def test_linked_folders_are_followed(tmp_path):
 @pytest.mark.parametrize("table", ["name_mapping.csv", "name_mapping_2020.csv"])
 def test_grades_of_2020_come_from_the_table(tmp_path, table):
     for n in (1, 2, 3):
-        write_case(tmp_path / f"BraTS20_Training_00{n}", f"BraTS20_Training_00{n}")
+        make_files(tmp_path / f"BraTS20_Training_00{n}", f"BraTS20_Training_00{n}")
     (tmp_path / table).write_text(
         "Grade,BraTS_2017_subject_ID,BraTS_2019_subject_ID,BraTS_2020_subject_ID\n"
         "LGG,NA,BraTS19_A_1,BraTS20_Training_001\n"
@@ -113,7 +112,7 @@ def test_grades_of_2020_come_from_the_table(tmp_path, table):
 
 
 def test_a_table_without_grades_is_no_error(tmp_path):
-    write_case(tmp_path / "BraTS20_Validation_001", "BraTS20_Validation_001", without=("mask",))
+    make_files(tmp_path / "BraTS20_Validation_001", "BraTS20_Validation_001", without=("mask",))
     (tmp_path / "name_mapping_validation_data.csv").write_text(
         "BraTS_2020_subject_ID\nBraTS20_Validation_001\n"
     )
@@ -123,7 +122,7 @@ def test_a_table_without_grades_is_no_error(tmp_path):
 def test_the_misnamed_mask_of_2020_is_found(tmp_path):
     for n in (354, 355):
         name = f"BraTS20_Training_{n}"
-        write_case(tmp_path / name, name, without=("mask",) if n == 355 else ())
+        make_files(tmp_path / name, name, without=("mask",) if n == 355 else ())
     write_labels(tmp_path / "BraTS20_Training_355" / "W39_1998.09.19_Segm.nii", (1, 2, 4))
     masks = [case.mask and case.mask.name for case in BraTS(tmp_path).cases()]
     assert masks == ["BraTS20_Training_354_seg.nii.gz", "W39_1998.09.19_Segm.nii"]
@@ -134,7 +133,7 @@ def test_the_misnamed_mask_of_2020_is_found(tmp_path):
     [(OLD, "A_t1ce.nii[.gz] or A-t1c.nii[.gz]"), (NEW, "A_t1ce.nii[.gz] or A-t1c.nii[.gz]")],
 )
 def test_a_missing_modality_is_named(tmp_path, endings, missing):
-    write_case(tmp_path / "A", "A", endings, without=("t1ce",))
+    make_files(tmp_path / "A", "A", endings, without=("t1ce",))
     with fails(f"{tmp_path}/A: case A has no t1ce; looked for {re.escape(missing)}"):
         BraTS(tmp_path).cases()
 
@@ -147,7 +146,7 @@ def test_a_mask_without_images_is_a_case_without_images(tmp_path):
 
 @pytest.mark.parametrize("other", ["A_t1.nii", "A-t1n.nii.gz"])
 def test_a_modality_that_is_there_twice_is_named(tmp_path, other):
-    write_case(tmp_path / "A", "A")
+    make_files(tmp_path / "A", "A")
     (tmp_path / "A" / other).touch()
     first, second = sorted([other, "A_t1.nii.gz"])
     with fails(f"{tmp_path}/A: case A has its t1 twice: {first}, {second}"):
@@ -156,7 +155,7 @@ def test_a_modality_that_is_there_twice_is_named(tmp_path, other):
 
 def test_a_case_in_two_folders_is_named(tmp_path):
     for folder in ("one", "two"):
-        write_case(tmp_path / folder, "A")
+        make_files(tmp_path / folder, "A")
     with fails(f"{tmp_path}/two: case A is also in {tmp_path}/one; names must be unique"):
         BraTS(tmp_path).cases()
 
@@ -190,8 +189,8 @@ def test_unknown_modalities_and_regions_are_named(tmp_path, arguments, message):
 @pytest.mark.parametrize(("on_disk", "labels"), [(4, (1, 2, 4)), (3, (1, 2, 3))])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
 def test_enhancing_tumour_is_4_whatever_it_is_on_disk(tmp_path, on_disk, labels, dtype):
-    write_case(tmp_path / "A", "A", labels=(1, 2))  # a tumour without enhancement decides nothing
-    write_case(tmp_path / "B", "B", labels=labels)
+    make_files(tmp_path / "A", "A", labels=(1, 2))  # a tumour without enhancement decides nothing
+    make_files(tmp_path / "B", "B", labels=labels)
     data_set = BraTS(tmp_path)
     case, _ = data_set.cases()
     canonical = data_set.canonical_labels(np.array([[[0, on_disk, 2, 1]]], dtype), case)
@@ -200,10 +199,10 @@ def test_enhancing_tumour_is_4_whatever_it_is_on_disk(tmp_path, on_disk, labels,
 
 
 def test_the_convention_is_that_of_the_first_mask_that_shows_it(tmp_path):
-    write_case(tmp_path / "A", "A", without=("mask",))
-    write_case(tmp_path / "B", "B", labels=(1, 2))
-    write_case(tmp_path / "C", "C", labels=(3,))
-    write_case(tmp_path / "D", "D", labels=(4,))
+    make_files(tmp_path / "A", "A", without=("mask",))
+    make_files(tmp_path / "B", "B", labels=(1, 2))
+    make_files(tmp_path / "C", "C", labels=(3,))
+    make_files(tmp_path / "D", "D", labels=(4,))
     data_set = BraTS(tmp_path)
     *_, d = data_set.cases()
     reason = f"ET is 3 as in {tmp_path}/C/C_seg.nii.gz"
@@ -213,7 +212,7 @@ def test_the_convention_is_that_of_the_first_mask_that_shows_it(tmp_path):
 
 @pytest.mark.parametrize("value", [3, 5, -1, 0.5, 255])
 def test_values_without_a_meaning_are_named(tmp_path, value):
-    write_case(tmp_path / "A", "A", labels=(1, 2))
+    make_files(tmp_path / "A", "A", labels=(1, 2))
     data_set = BraTS(tmp_path)
     (case,) = data_set.cases()
     reason = f"ET is taken to be 4, as no mask in {tmp_path} has a 3 or a 4"
@@ -222,7 +221,7 @@ def test_values_without_a_meaning_are_named(tmp_path, value):
 
 
 def test_float_error_of_a_scaled_mask_is_forgiven(tmp_path):
-    write_case(tmp_path / "A", "A")
+    make_files(tmp_path / "A", "A")
     data_set = BraTS(tmp_path)
     (case,) = data_set.cases()
     scaled = np.array([[[1e-6, 1.00001, 1.99999, 3.99998]]], np.float32)
@@ -271,7 +270,7 @@ def test_a_subclass_reads_other_folders_as_plain_brats(tmp_path):
         pass
 
     phantoms = Phantoms(tmp_path, modalities=("flair",), regions=("ET", "WT"))
-    there = phantoms.at(tmp_path / "there")
+    there = phantoms.in_folder(tmp_path / "there")
     assert type(there) is BraTS
     assert (there.root, there.modalities, there.regions) == (
         tmp_path / "there",
@@ -281,10 +280,18 @@ def test_a_subclass_reads_other_folders_as_plain_brats(tmp_path):
 
 
 def test_a_data_set_pickles_with_what_it_found(tmp_path):
-    write_case(tmp_path / "A", "A", labels=(3,))
+    make_files(tmp_path / "A", "A", labels=(3,))
     data_set = BraTS(tmp_path)
     (case,) = data_set.cases()
     data_set.canonical_labels(np.zeros((1, 1, 1)), case)
     copy = pickle.loads(pickle.dumps(data_set))
     assert copy.cases() == [case]
     assert copy.canonical_labels(np.full((1, 1, 1), 3), case).item() == 4
+
+
+def test_a_case_that_is_only_half_written_is_none(tmp_path: Path):
+    root = write_brats(tmp_path / "data", cases=2)
+    whole = BraTS(root).cases()
+    (partial,) = write_brats(tmp_path / "other", cases=1).iterdir()
+    partial.rename(root / f".partial-1-{partial.name}")
+    assert BraTS(root).cases() == whole

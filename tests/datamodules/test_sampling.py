@@ -8,8 +8,8 @@ import torch
 import torchio as tio
 from scipy.ndimage import zoom
 
-from datamodules.cache import cut
 from datamodules.sampling import BalancedSampler
+from tests.datamodules.conftest import lesions_at
 
 SHAPE = (20, 24, 18)
 
@@ -34,7 +34,8 @@ def test_share_is_exact_in_every_run_of_patches(share: float):
         for start in range(0, 600 - length):
             count = sum(wanted[start : start + length])
             assert abs(count - length * Fraction(share).limit_denominator(10_000)) < 1
-    assert [sampler.lesions_before(i) for i in range(600)] == [sum(wanted[:i]) for i in range(600)]
+    counted = [sampler.lesion_patches_before(i) for i in range(600)]
+    assert counted == [sum(wanted[:i]) for i in range(600)]
 
 
 def test_half_alternates_so_that_every_even_batch_is_half():
@@ -108,15 +109,6 @@ def test_volume_smaller_than_the_patch_is_centred_in_zeros():
     assert patch.image.sum() == 6 * 12 * 12
 
 
-@pytest.mark.parametrize("start", [(-3, 0, 5), (18, 20, -4), (30, 0, 0), (2, 3, 4)])
-def test_cut_is_a_padded_slice(start: tuple[int, int, int]):
-    volume = 1 + np.arange(np.prod(SHAPE)).reshape(SHAPE)
-    padded = np.pad(volume, 40)
-    x, y, z = (s + 40 for s in start)
-    expected = padded[x : x + 8, y : y + 5, z : z + 6]
-    np.testing.assert_array_equal(cut(volume, start, (8, 5, 6)), expected)
-
-
 def test_scaled_patch_shows_its_whole_source_box():
     """At scale 0.8 a patch of 8 shows 10 voxels: coordinates run over them, none is padded."""
     sampler = BalancedSampler(8, scale=(0.8, 0.8))
@@ -157,3 +149,72 @@ def test_torchio_queue_can_use_the_sampler_too():
 def test_nonsense_is_refused(arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         BalancedSampler(8, **arguments)
+
+
+def test_no_random_volume_gives_a_mislabelled_patch():
+    """Volumes, lesions, patches, halos and scales at random: what is asked for is what comes."""
+    rng = np.random.default_rng(0)
+    kinds = {True: 0, False: 0}
+    for seed in range(150):
+        torch.manual_seed(seed)
+        shape = tuple(rng.integers(5, 26, 3))
+        labels = (rng.random(shape) < rng.choice([0.0, 0.001, 0.01, 0.1])).astype(np.uint8)
+        image = rng.standard_normal((1, *shape)).astype(np.float16)
+        halo = int(rng.integers(0, 4))
+        side = int(rng.integers(1, 9)) + 2 * halo
+        lesion_in = str(rng.choice(["output", "patch"]))
+        scale = (1.0, 1.0) if rng.random() < 0.3 else (0.7, 1.4)
+        sampler = BalancedSampler(
+            side, scale=scale, others="lesion_free", halo=halo, lesion_in=lesion_in  # pyright: ignore
+        )  # fmt: skip
+        margin = halo if lesion_in == "output" else 0
+        inside = (slice(margin, side - margin),) * 3
+        if labels.any():
+            kinds[True] += 1
+            patch = sampler.draw(image, labels, np.flatnonzero(labels))
+            assert patch.labels[inside].any()
+        if sampler.has_lesion_free_patch(labels):
+            kinds[False] += 1
+            assert not sampler.draw(image, labels, labels[:0]).labels[inside].any()
+    assert min(kinds.values()) > 80
+
+
+def test_free_starts_are_all_that_a_naive_search_finds():
+    sampler = BalancedSampler(12, others="lesion_free", halo=4)
+    labels = (np.random.default_rng(0).random((9, 8, 10)) < 0.03).astype(np.uint8)
+    padded = np.pad(labels, 4)
+    naive = [
+        (x - 4, y - 4, z - 4)
+        for x in range(9 - 4 + 1)
+        for y in range(8 - 4 + 1)
+        for z in range(10 - 4 + 1)
+        if not padded[x + 4 : x + 8, y + 4 : y + 8, z + 4 : z + 8].any()
+    ]
+    assert 0 < len(naive) < 6 * 5 * 7
+    assert list(map(tuple, sampler._lesion_free_starts(labels).tolist())) == naive
+
+
+def test_a_volume_that_is_nearly_full_still_gives_its_free_box():
+    labels = np.ones((12, 12, 12), np.uint8)
+    labels[3:7, 5:9, 8:12] = 0
+    sampler = BalancedSampler(4, others="lesion_free", scale=(0.9, 1.1))
+    image = np.stack(np.meshgrid(*map(np.arange, labels.shape), indexing="ij")).astype(np.float16)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        patch = sampler.draw(image, labels, labels[:0])
+        assert not patch.labels.any()
+        assert patch.image[:, 0, 0, 0].tolist() == [3, 5, 8]
+    with pytest.raises(ValueError, match="every patch of this volume"):
+        sampler.draw(image, np.ones_like(labels), labels[:0])
+
+
+def test_halo_may_reach_beyond_the_volume_but_the_output_not():
+    labels = lesions_at((0, 0, 0), side=10)
+    image = np.ones((1, 10, 10, 10), np.float16)
+    sampler = BalancedSampler(12, halo=4)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        patch = sampler.draw(image, labels, np.flatnonzero(labels))
+        assert patch.image[0, 4:8, 4:8, 4:8].all()
+        assert patch.labels[4, 4, 4] == 1
+        assert not patch.image[0, :4].any()

@@ -1,4 +1,4 @@
-"""Registration to the template, the searchlight, and the channel that they make."""
+"""The searchlight, and the channels that are made with the template."""
 
 import json
 import logging
@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -20,90 +19,18 @@ from datamodules.similarity import (
     LEAST_INSIDE,
     LocalSimilarity,
     MirroredByTemplate,
-    Registration,
     ball,
     local_correlation,
-    register,
-    template,
 )
+from datamodules.template import Registration
 from errors import InputError
-from experiments.inputs import report
+from experiments.figure_2 import write_figure
+from experiments.prediction import Predictor
 from lightning_modules import checkpoint
-from predict import Predictor
-from tests.conftest import ROOT, write_brats
+from tests.conftest import MODALITIES, ROOT, write_brats, write_case
+from tests.datamodules.conftest import SCAN_AFFINE, SCAN_SHAPE, SCAN_SPACING_MM, TRUTH
 
 Compose = Callable[..., DictConfig]
-SPACING_MM = 4
-AFFINE = np.diag([SPACING_MM, SPACING_MM, SPACING_MM, 1.0])
-
-
-def template_seen_by(to_template: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """The template where a case with this transform would have its brain, in scanner units."""
-    return 1000 * Registration(to_template, overlap=1).template_on(shape, AFFINE)
-
-
-def turned(degrees: float, scale: float, shift_mm: float) -> np.ndarray:
-    """Case to template: turned in the axial plane, scaled, shifted."""
-    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    to_template = np.eye(4)
-    to_template[:3, :3] = scale * turn
-    centre_mm = np.array([96, 110, 92])  # of the case's grid
-    to_template[:3, 3] = np.array([0, -18, 8]) + shift_mm - to_template[:3, :3] @ centre_mm
-    return to_template
-
-
-TRUTH = turned(degrees=6, scale=1.1, shift_mm=3)
-SHAPE = (48, 56, 46)
-
-
-@pytest.fixture(scope="module")
-def scan() -> np.ndarray:
-    return template_seen_by(TRUTH, SHAPE)
-
-
-@pytest.fixture(scope="module")
-def fitted(scan: np.ndarray) -> Registration:
-    return register(scan, AFFINE)
-
-
-def test_registration_finds_a_known_transform(scan: np.ndarray, fitted: Registration):
-    brain_mm = np.c_[SPACING_MM * np.argwhere(scan > 0), np.ones((scan > 0).sum())]
-    error_mm = np.linalg.norm((brain_mm @ (fitted.to_template - TRUTH).T)[:, :3], axis=1)
-    assert error_mm.mean() < 1.5
-    assert fitted.overlap > 0.9
-    assert not fitted.failed
-    back = fitted.resample(scan, AFFINE, template(4))
-    inside = template(4).voxels > 0
-    assert np.corrcoef(back[inside], template(4).voxels[inside])[0, 1] > 0.85
-
-
-def test_registration_is_seeded(scan: np.ndarray, fitted: Registration):
-    np.testing.assert_allclose(register(scan, AFFINE).to_template, fitted.to_template, atol=1e-3)
-
-
-def test_air_around_the_brain_changes_nothing(scan: np.ndarray, fitted: Registration):
-    moved = AFFINE.copy()
-    moved[:3, 3] = -5 * SPACING_MM
-    found = register(np.pad(scan, 5), moved).to_template
-    np.testing.assert_allclose(found, fitted.to_template, atol=1e-3)
-
-
-def test_the_registered_plane_maps_left_to_right(fitted: Registration):
-    mirrored = fitted.mirrored_voxels(AFFINE)
-    np.testing.assert_allclose(mirrored @ mirrored, np.eye(4), atol=1e-9)
-    to_template = fitted.to_template @ AFFINE
-    voxel = np.array([10.0, 20, 30, 1])
-    here, there = to_template @ voxel, to_template @ mirrored @ voxel
-    np.testing.assert_allclose(there, here * [-1, 1, 1, 1], atol=1e-9)
-
-
-def test_what_is_no_brain_fails():
-    cube = np.zeros((20, 20, 20), np.float32)
-    cube[2:-2, 2:-2, 9:11] = np.random.default_rng(0).uniform(1, 2, (16, 16, 2))
-    assert register(cube, np.eye(4)).failed
-    with pytest.raises(InputError, match="t1: expected a brain, found none"):
-        register(np.zeros((20, 20, 20), np.float32), np.eye(4))
 
 
 def naive(
@@ -160,24 +87,23 @@ def healthy(scan: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(3):
         draw = np.random.default_rng(index)
         name = f"BraTS2021_{index:05d}"
-        (root / name).mkdir()
-        tumour = np.zeros(SHAPE, np.uint8)
+        tumour = np.zeros(SCAN_SHAPE, np.uint8)
         tumour[30:37, 20 + 3 * index : 27 + 3 * index, 22:29] = 4
         tumour[scan == 0] = 0
-        noise = draw.normal(0, 20, SHAPE)
-        for modality in ("t1", "t1ce", "t2", "flair"):
-            voxels = np.where(tumour > 0, draw.uniform(200, 900, SHAPE), scan + noise)
-            voxels = np.where(scan > 0, np.maximum(voxels, 1), 0).astype(np.int16)
-            nib.save(nib.Nifti1Image(voxels, AFFINE), root / name / f"{name}_{modality}.nii.gz")
-        nib.save(nib.Nifti1Image(tumour, AFFINE), root / name / f"{name}_seg.nii.gz")
+        noise = draw.normal(0, 20, SCAN_SHAPE)
+        images = {}
+        for modality in MODALITIES:
+            voxels = np.where(tumour > 0, draw.uniform(200, 900, SCAN_SHAPE), scan + noise)
+            images[modality] = np.where(scan > 0, np.maximum(voxels, 1), 0).astype(np.int16)
+        write_case(root / name, images, tumour, SCAN_AFFINE, prefix=f"{name}_")
     return root
 
 
 def test_the_cache_has_the_channel_only_when_asked(healthy: Path, tmp_path: Path):
     data_set = BraTS(healthy)
-    plain = Cache(tmp_path, SPACING_MM, "brain")
-    asked = Cache(tmp_path, SPACING_MM, "brain", extras={"similarity": LocalSimilarity(9)})
-    other = Cache(tmp_path, SPACING_MM, "brain", extras={"similarity": LocalSimilarity(7)})
+    plain = Cache(tmp_path, SCAN_SPACING_MM, "brain")
+    asked = Cache(tmp_path, SCAN_SPACING_MM, "brain", extras={"similarity": LocalSimilarity(9)})
+    other = Cache(tmp_path, SCAN_SPACING_MM, "brain", extras={"similarity": LocalSimilarity(7)})
     # Written down before there were extras: caches of that time stay valid.
     assert Cache(tmp_path, 2, "brain").key(data_set) == "a70e17424ff0"
     assert len({cache.key(data_set) for cache in (plain, asked, other)}) == 3
@@ -206,10 +132,10 @@ def test_the_cache_has_the_channel_only_when_asked(healthy: Path, tmp_path: Path
 def test_the_channel_does_not_depend_on_the_crop(healthy: Path, tmp_path: Path):
     data_set = BraTS(healthy)
     extras = {"similarity": LocalSimilarity(9)}
-    (whole,) = Cache(tmp_path, SPACING_MM, "brain", extras=extras).build(
+    (whole,) = Cache(tmp_path, SCAN_SPACING_MM, "brain", extras=extras).build(
         data_set.cases()[:1], data_set
     )
-    (part,) = Cache(tmp_path, SPACING_MM, (80, 80, 80), extras=extras).build(
+    (part,) = Cache(tmp_path, SCAN_SPACING_MM, (80, 80, 80), extras=extras).build(
         data_set.cases()[:1], data_set
     )
     start = np.round((np.linalg.inv(whole.affine) @ part.affine)[:3, 3]).astype(int)
@@ -221,7 +147,7 @@ def test_across_the_template_lies_what_the_template_has_there(healthy: Path, tmp
     """The head is turned by six degrees: the box's own plane would miss by up to a centimetre."""
     data_set = BraTS(healthy)
     extras = {"mirrored": MirroredByTemplate()}
-    cache = Cache(tmp_path, SPACING_MM, "brain", extras=extras)
+    cache = Cache(tmp_path, SCAN_SPACING_MM, "brain", extras=extras)
     (case,) = cache.build(data_set.cases()[:1], data_set)
     assert case.image.shape[0] == 8
     own, opposite = case.image[:4].astype(np.float64), case.image[4:].astype(np.float64)
@@ -257,7 +183,7 @@ def test_a_scan_that_does_not_fit_is_named_and_gets_zeros(
 
 def test_similarity_needs_a_t1(healthy: Path, tmp_path: Path):
     data_set = BraTS(healthy, modalities=("t2", "flair"))
-    cache = Cache(tmp_path, SPACING_MM, "brain", extras={"similarity": LocalSimilarity()})
+    cache = Cache(tmp_path, SCAN_SPACING_MM, "brain", extras={"similarity": LocalSimilarity()})
     with pytest.raises(InputError, match=r"needs t1 among .*modalities, found t2, flair"):
         cache.build(data_set.cases(), data_set)
 
@@ -271,8 +197,8 @@ def test_a_checkpoint_computes_all_that_its_network_sees(
         *tiny,
         *("logger=csv", "trainer.max_epochs=1", "split.validation=0.34", "split.test=0.34"),
         *(f"data.data_set.root={healthy}", f"data.cache.root={tmp_path}/cache"),
-        f"data.cache.spacing_mm={SPACING_MM}",
-        "window.patch_size=48",
+        f"data.cache.spacing_mm={SCAN_SPACING_MM}",
+        "patches.window=48",
     ]
     config = composed(*common, "inputs=both", f"run_dir={tmp_path}/run")
     train.train(config)
@@ -280,11 +206,11 @@ def test_a_checkpoint_computes_all_that_its_network_sees(
         OmegaConf.load(ROOT / "conf" / "predict.yaml"),
         {"checkpoint": [f"{tmp_path}/run/best.ckpt"], "device": "cpu"},
     )
-    predictor = Predictor.of(dict(OmegaConf.to_container(values)))
+    predictor = Predictor.from_options(dict(OmegaConf.to_container(values)))
     seen = []
     network = predictor.ensemble.members[0].network
     network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    assert predictor(predictor.data_set.at(healthy).cases()[:1], tmp_path / "out") == []
+    assert predictor(predictor.data_set.in_folder(healthy).cases()[:1], tmp_path / "out") == []
     assert {x.shape[1] for x in seen} == {10}  # four modalities, their similarity; on both sides
     assert all(x[:, [4, 9]].any() for x in seen)
     assert (tmp_path / "out" / "BraTS2021_00000.nii.gz").is_file()
@@ -294,8 +220,8 @@ def test_a_checkpoint_computes_all_that_its_network_sees(
     ("first", "second", "key"),
     [
         ("modalities", "similarity", "extras"),
-        ("modalities", "mirrored", "inputs"),
-        ("similarity", "both", "inputs"),
+        ("modalities", "mirrored", "mirrored"),
+        ("similarity", "both", "mirrored"),
         ("mirrored", "mirrored_by_template", "extras"),
     ],
 )
@@ -303,7 +229,7 @@ def test_an_ensemble_has_one_input(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, first: str, second: str, key: str
 ):
     def of_choice(path: str) -> checkpoint.Loaded:
-        config = OmegaConf.to_container(composed(f"inputs={path}").data)
+        config = OmegaConf.to_container(composed(f"inputs={path}").data, resolve=True)
         return checkpoint.Loaded(nn.Identity(), {"data": config})
 
     monkeypatch.setattr(checkpoint, "load", of_choice)
@@ -315,7 +241,7 @@ def test_an_ensemble_has_one_input(
 def test_figure_2_shows_that_the_tumour_is_unlike_a_healthy_brain(
     healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    report(healthy, tmp_path / "figure_2.png", cases=1, radius_mm=9)
+    write_figure(healthy, tmp_path / "figure_2.png", cases=1, radius_mm=9)
     with Image.open(tmp_path / "figure_2.png") as figure:
         assert figure.width > 1000
     header, _, row = capsys.readouterr().out.splitlines()[:3]
@@ -325,4 +251,4 @@ def test_figure_2_shows_that_the_tumour_is_unlike_a_healthy_brain(
     assert tumour < 0.4 < float(values["by the template's plane"])
     assert 4 < float(values["tilt (degrees)"]) < 8  # six were asked for
     with pytest.raises(InputError, match="no case found"):
-        report(tmp_path, tmp_path / "figure_2.png", cases=1, radius_mm=9)
+        write_figure(tmp_path, tmp_path / "figure_2.png", cases=1, radius_mm=9)

@@ -1,6 +1,5 @@
 """The stream of patches: what is in it, that nothing but (seed, epoch, index) decides it."""
 
-import json
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -14,11 +13,13 @@ from torch.utils.data import DataLoader
 
 from datamodules.brats import BraTS
 from datamodules.cache import Cache
-from datamodules.cases import FractionSplit
+from datamodules.metastases import Metastases
 from datamodules.patches import EpochSampler, PatchDataModule, PatchQueue, Volumes
 from datamodules.sampling import BalancedSampler
+from datamodules.splits import FractionSplit, read_names
 from errors import InputError
-from tests.conftest import write_brats
+from tests.conftest import write_brats, write_metastases
+from tests.datamodules.conftest import lesions_at
 
 FLIP = tio.RandomFlip(axes=(0, 1, 2), flip_probability=0.5)
 
@@ -102,9 +103,8 @@ def test_augmentation_moves_image_and_mask_together(tmp_path: Path):
     patches = PatchQueue(cases, data_set, sampler, FLIP, patches_per_epoch=20, seed=0)
     for index in range(20):
         patch = patches[0, index]
-        bright = (
-            patch["image"][3] > 0.1
-        )  # z-scores: about -0.4 in healthy tissue, 0.6 and more in it
+        # The z-scores are about -0.4 in healthy tissue and 0.6 or more in the tumour.
+        bright = patch["image"][3] > 0.1
         assert torch.equal(bright, patch["mask"][0])
 
 
@@ -132,7 +132,8 @@ def test_every_axis_is_flipped_in_about_half_of_the_patches(tmp_path: Path):
 def test_every_case_is_visited_equally_often(brats: Path, cache_root: Path):
     patches = queue(brats, cache_root)
     visits = Counter(
-        (patches.case_of(0, index).name, patches.balance.wants_lesion(index)) for index in range(24)
+        (patches.case_of(0, index).name, patches.balanced_sampler.wants_lesion(index))
+        for index in range(24)
     )
     assert set(visits.values()) == {2}  # 12 patches of either kind from 6 cases
     assert len(visits) == 12
@@ -188,12 +189,14 @@ def data_module(brats: Path, cache_root: Path) -> PatchDataModule:
 
 def test_whole_volumes_for_validation_and_test(brats: Path, cache_root: Path, tmp_path: Path):
     module = data_module(brats, cache_root)
+    assert module.modalities == ("t1", "t1ce", "t2", "flair")
+    assert module.regions == ("WT", "TC", "ET")
     module.trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
     module.prepare_data()
     module.setup("fit")
     sizes = [len(loader) for loader in (module.val_dataloader(), module.test_dataloader())]
     assert sizes == [1, 2]
-    written = json.loads((tmp_path / "split.json").read_text())
+    written = read_names(tmp_path / "split.json")
     assert [len(written[part]) for part in ("train", "validation", "test")] == [3, 1, 2]
     batch = next(iter(module.test_dataloader()))
     assert batch["case"] == [written["test"][0]]
@@ -227,3 +230,93 @@ def test_nothing_is_outside_of_a_case_without_lesions(tmp_path: Path):
     data_set = BraTS(write_brats(tmp_path / "data", cases=1, with_masks=False))
     cases = Cache(tmp_path / "cache", 1, "brain").build(data_set.cases(), data_set)
     assert Volumes(cases, data_set)[0]["outside"].tolist() == [0, 0, 0]
+
+
+# Lesion-free patches: batches that are exactly half
+
+
+def queue_of(
+    root: Path, tmp_path: Path, sampler: BalancedSampler, patches: int, seed: int = 0
+) -> PatchQueue:
+    data_set = Metastases(root)
+    cached = Cache(tmp_path / "cache", 1, "brain", workers=1).build(data_set.cases(), data_set)
+    return PatchQueue(cached, data_set, sampler, lambda subject: subject, patches, seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.8, 1.2)])
+@pytest.mark.parametrize(("lesion_in", "margin"), [("output", 4), ("patch", 0)])
+@pytest.mark.parametrize("uniform_over", ["voxels", "lesions"])
+def test_every_batch_is_exactly_half(
+    metastases: Path,
+    tmp_path: Path,
+    seed: int,
+    scale: tuple,
+    lesion_in: str,
+    margin: int,
+    uniform_over: str,
+):
+    sampler = BalancedSampler(
+        12,
+        scale=scale,
+        others="lesion_free",
+        halo=4,
+        lesion_in=lesion_in,
+        uniform_over=uniform_over,
+    )
+    queue = queue_of(metastases, tmp_path, sampler, 96, seed)
+    inside = (..., *[slice(margin, 12 - margin)] * 3)
+    for epoch in (0, 5):
+        has_lesion = [bool(queue[epoch, i]["mask"][inside].any()) for i in range(96)]
+        assert has_lesion == [sampler.wants_lesion(i) for i in range(96)]
+        for batch_size in (2, 4, 6, 16):
+            for start in range(0, 96, batch_size):
+                assert sum(has_lesion[start : start + batch_size]) == batch_size // 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_batch_of_every_rank_is_exactly_half(ranks: int):
+    sampler = BalancedSampler(12, others="lesion_free")
+    for rank in range(ranks):
+        indices = [index for _, index in EpochSampler(96, 8, rank, ranks)]
+        assert indices
+        for start in range(0, len(indices), 8):
+            assert sum(map(sampler.wants_lesion, indices[start : start + 8])) == 4
+
+
+def test_cases_without_a_kind_give_the_other(metastases: Path, tmp_path: Path):
+    sampler = BalancedSampler(12, others="lesion_free", halo=4)
+    queue = queue_of(metastases, tmp_path, sampler, 200)
+    names = {True: set(), False: set()}
+    for index in range(200):
+        names[sampler.wants_lesion(index)].add(queue[0, index]["case"])
+    assert names[True] == {"corners", "everywhere", "many", "middle"}
+    assert names[False] == {"corners", "many", "middle", "none"}
+
+
+def test_what_cannot_be_balanced_is_refused(metastases: Path, tmp_path: Path):
+    (tmp_path / "free").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "free" / "none").symlink_to(metastases / "none")
+    (tmp_path / "full" / "everywhere").symlink_to(metastases / "everywhere")
+    sampler = BalancedSampler(12, others="lesion_free", halo=4)
+    with pytest.raises(InputError, match="none of the 1 training cases has one"):
+        queue_of(tmp_path / "free", tmp_path, sampler, 8)
+    with pytest.raises(InputError, match="every patch of 12 voxels in each of the 1 training"):
+        queue_of(tmp_path / "full", tmp_path, sampler, 8)
+    with pytest.raises(ValueError, match=r"batch_size: .* exactly 0.5 with a lesion"):
+        PatchDataModule(None, None, None, sampler, None, 96, batch_size=3)  # pyright: ignore
+
+
+def test_small_lesions_are_as_likely_as_large_ones(tmp_path: Path):
+    labels = lesions_at((3, 3, 3))
+    labels[12:20, 12:20, 12:20] = 1
+    write_metastases(tmp_path / "a", labels)
+    counts = {}
+    for uniform_over in ("voxels", "lesions"):
+        sampler = BalancedSampler(4, lesion_share=1, uniform_over=uniform_over)  # pyright: ignore
+        queue = queue_of(tmp_path, tmp_path, sampler, 200)
+        drawn = [queue[0, index]["mask"] for index in range(200)]
+        counts[uniform_over] = sum(int(mask.sum()) == 1 and True for mask in drawn)
+    assert counts["voxels"] < 30
+    assert 70 < counts["lesions"] < 150

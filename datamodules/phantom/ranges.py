@@ -1,0 +1,90 @@
+"""The numbers that phantoms are drawn from: contrasts, textures, sizes and probabilities.
+
+Ranges are (lowest, highest). They are wide enough to contain real scans.
+"""
+
+FIELD_OF_VIEW_MM = (240.0, 240.0, 155.0)
+MODALITIES = ("t1", "t1ce", "t2", "flair")
+
+# Intensity of each class relative to white matter, one range per modality in the order of
+# MODALITIES. Measured on real cases; the medians of the classes in a phantom come out a little
+# nearer to 1, because of partial volume.
+CONTRAST = {
+    "gm": ((0.63, 0.86), (0.64, 0.92), (1.05, 1.42), (0.96, 1.15)),
+    "csf": ((0.28, 0.60), (0.22, 0.70), (1.90, 2.90), (0.20, 0.62)),
+    "oedema": ((0.61, 0.96), (0.58, 1.00), (1.30, 1.80), (1.30, 1.70)),
+    "core": ((0.36, 0.98), (0.36, 1.10), (1.38, 2.29), (1.25, 1.60)),
+    "cyst": ((0.32, 0.50), (0.30, 0.55), (2.30, 3.90), (0.60, 1.15)),
+    "enhancing": ((0.65, 1.00), (1.15, 2.10), (1.40, 1.70), (1.25, 1.55)),
+    "vessel": ((0.45, 1.10), (1.30, 2.30), (0.40, 1.10), (0.40, 1.00)),
+    "bright": ((-0.15, 0.0), (-0.15, 0.0), (0.0, 0.35), (0.0, 0.45)),  # added to white matter
+    "plexus": ((0.60, 0.90), (1.10, 1.70), (1.50, 2.20), (0.70, 1.20)),
+}
+
+# Standard deviation of each class's texture relative to the intensity of white matter.
+TEXTURE = {
+    "healthy, coarse": (0.01, 0.05),
+    "healthy, fine": (0.005, 0.03),
+    "oedema, coarse": (0.02, 0.10),
+    "oedema, fine": (0.01, 0.06),
+    "core, coarse": (0.03, 0.15),
+    "core, fine": (0.01, 0.08),
+}
+
+# What every case draws one value or more from.
+RANGES = {
+    # anatomy
+    "brain_scale": (0.84, 1.00),  # relative to the MNI152 brain, which is larger than most
+    "axis_scale": (0.96, 1.04),
+    "rotation_deg": (-7.0, 7.0),
+    "shift_mm": (-4.0, 4.0),
+    "cortex_mm": (1.8, 3.0),
+    "sulcus_mm": (0.7, 1.9),  # half width
+    "sulcus_depth_mm": (11.0, 19.0),
+    "gyrus_mm": (3.9, 5.6),  # spacing of the control values; sulci are about 2.5 times that apart
+    "atrophy": (-0.20, 0.15),  # added to the probability of CSF
+    # pathology
+    "radius_mm": (12.0, 27.0),  # of a glioma's core: 7 to 80 ml, as in BraTS
+    "elongation": (0.75, 1.3),
+    "lobes_mm": (0.5, 3.0),
+    "rim_mm": (1.5, 8.0),
+    "oedema_ratio_hgg": (1.0, 3.5),  # volume relative to that of the core
+    "oedema_ratio_lgg": (0.3, 2.2),
+    "push_mm": (0.0, 7.0),  # mass effect at the border of the core
+    "push_reach_mm": (15.0, 35.0),
+    "metastasis_rim_mm": (1.2, 3.0),
+    "metastasis_oedema": (0.5, 2.0),  # how far it reaches beyond the border, in radii
+    # image formation
+    "noise": (0.007, 0.04),  # relative to white matter
+    "bias": (0.01, 0.16),  # standard deviation of the logarithm of the bias field
+    "misregistration_mm": (0.0, 0.6),  # per axis
+    "slice_mm": (3.0, 6.0),
+    "blur_mm": (0.0, 0.7),
+    "ringing": (0.2, 0.6),
+    "white_matter_log10": (2.2, 3.1),  # of the raw intensity
+    "brain_margin_mm": (-1.5, 1.5),  # what skull stripping leaves (+) or takes away (-)
+}
+
+# Share of the cases that have a property.
+CHANCES = {
+    "hgg": 0.65,
+    "enhancing_lgg": 0.15,
+    "enhancing_hgg": 0.95,
+    "cyst": 0.2,
+    "multifocal": 0.2,
+    "hyperintensities": 0.3,  # small, in healthy white matter; not labelled
+    "cut_field_of_view": 0.1,
+    "ringing": 0.35,  # spline resampling: overshoot, negative voxels
+    "tenfold_modality": 0.15,  # one modality has ten times the intensities of the others
+    "ras": 0.5,  # orientation of the files; the others are LPS
+}
+
+# Share of the cases whose modality is acquired in thick slices.
+THICK_SLICES = {"t1": 0.25, "t1ce": 0.15, "t2": 0.45, "flair": 0.45}
+
+# The number of metastases follows a gamma distribution, rounded down: about one case in twelve has
+# none, and the median is 4. Their radius is log-normal.
+METASTASES_SHAPE, METASTASES_SCALE, MOST_METASTASES = 1.6, 3.4, 12
+METASTASIS_RADIUS_MM, METASTASIS_LOG_SD = 2.8, 0.5
+LEAST_METASTASIS_MM, LARGEST_METASTASIS_MM = 1.5, 12.0
+RING_FROM_MM = 4.5  # radius above which a metastasis may have a necrotic centre and oedema

@@ -1,0 +1,104 @@
+"""Reading and writing of single NIfTI files."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from datamodules.nifti import open_volume, read_volume, write_volume
+from errors import InputError
+from tests.conftest import affine_of, write_image
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR", "IRA", "ALS"])
+def test_axes_come_in_ras_order_and_voxels_stay_where_they_are(tmp_path, axes):
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(-300, 3000, (5, 6, 7)).astype(np.int16)
+    affine = affine_of(axes, (1.5, 2, 3), (11, -7, 5))
+    path = write_image(tmp_path / "a.nii.gz", voxels, affine)
+
+    read, read_affine = read_volume(path)
+
+    assert "".join(nib.orientations.aff2axcodes(read_affine)) == "RAS"
+    assert read.dtype == np.float32
+    for index in [(0, 0, 0), (4, 5, 6), (1, 3, 2)]:
+        mm = affine @ (*index, 1)
+        there = np.rint(np.linalg.inv(read_affine) @ mm)[:3].astype(int)
+        assert read[tuple(there)] == voxels[index]
+
+
+def test_scaling_in_the_header_is_applied(tmp_path):
+    image = nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.eye(4))
+    image.header.set_slope_inter(0.5, 3)
+    image.header.set_data_dtype(np.int16)
+    raw = nib.Nifti1Image(np.arange(24).reshape(2, 3, 4) * 0.5 + 3, np.eye(4), image.header)
+    nib.save(raw, tmp_path / "a.nii")
+    assert nib.Nifti1Image.from_filename(tmp_path / "a.nii").header["scl_slope"] != 1
+    np.testing.assert_allclose(
+        read_volume(tmp_path / "a.nii")[0].ravel(), np.arange(24) * 0.5 + 3, atol=1e-3
+    )
+
+
+def test_a_single_volume_in_four_dimensions_is_read(tmp_path):
+    voxels = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    read, _ = read_volume(write_image(tmp_path / "a.nii.gz", voxels[..., None]))
+    np.testing.assert_array_equal(read, voxels)
+
+
+def sheared():
+    affine = np.eye(4)
+    affine[0, 1] = np.tan(np.radians(10))
+    return affine
+
+
+@pytest.mark.parametrize(
+    ("voxels", "affine", "message"),
+    [
+        (np.zeros((2, 3, 4, 2)), np.eye(4), r"expected one 3-D volume, found shape \(2, 3, 4, 2\)"),
+        (np.zeros((2, 3)), np.eye(4), r"expected one 3-D volume, found shape \(2, 3\)"),
+        (np.full((2, 3, 4), np.nan), np.eye(4), "expected finite voxels, found 24 NaN or infinite"),
+        (np.zeros((2, 3, 4)), sheared(), r"expected orthogonal axes, found two at 80\.0 degrees"),
+    ],
+)
+def test_a_volume_that_cannot_be_used_is_named(tmp_path, voxels, affine, message):
+    path = write_image(tmp_path / "a.nii.gz", voxels.astype(np.float32), affine)
+    with pytest.raises(InputError, match=f"^{path}: {message}$"):
+        read_volume(path)
+
+
+def test_a_colour_image_is_named(tmp_path):
+    colour = np.zeros((2, 3, 4), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    path = write_image(tmp_path / "a.nii.gz", colour)
+    with pytest.raises(InputError, match=f"^{path}: expected a readable NIfTI file, found: .+$"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("kept", [0, 20, 0.5, 0.95])
+def test_a_truncated_file_is_named(tmp_path, ending, kept):
+    noise = np.random.default_rng(0).standard_normal((12, 13, 14)).astype(np.float32)
+    path = write_image(tmp_path / f"a{ending}", noise)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
+    with pytest.raises(InputError, match=f"^{path}: expected a readable NIfTI file, found: .+$"):
+        read_volume(path)
+
+
+def test_other_content_and_no_file_are_named(tmp_path):
+    path = tmp_path / "a.nii.gz"
+    for make in (lambda: None, lambda: path.write_text("hello"), lambda: path.unlink()):
+        make()
+        with pytest.raises(InputError, match=f"^{path}: expected a readable NIfTI file, found: "):
+            open_volume(path)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR"])
+@pytest.mark.parametrize("trailing", [(), (2,)])
+def test_a_written_volume_lies_on_the_grid_of_its_reference(tmp_path, axes, trailing):
+    reference = write_image(tmp_path / "a.nii.gz", np.ones((5, 6, 7)), affine_of(axes, (1.5, 2, 3)))
+    voxels = np.random.default_rng(0).integers(0, 5, (5, 6, 7, *trailing)).astype(np.uint8)
+    write_volume(tmp_path / "b.nii.gz", voxels, reference)
+    written = nib.load(tmp_path / "b.nii.gz")
+    assert written.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(written.dataobj), voxels)
+    np.testing.assert_array_equal(written.affine, nib.load(reference).affine)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz"]

@@ -10,6 +10,7 @@ from rich.progress import track
 
 from datamodules.brats import BraTSMasks
 from datamodules.cases import Case, DataSet
+from datamodules.splits import PARTS
 from errors import InputError
 from experiments.frey2019 import write_report
 from experiments.operating_point import Candidates, OperatingPoint
@@ -17,7 +18,6 @@ from experiments.prediction import Predictor, find_checkpoints
 from experiments.run import RunFolder
 from lightning_modules.metrics.regions import CONVENTIONS
 
-PARTS = ("train", "validation", "test")
 THRESHOLDS_NAME = "thresholds.json"
 
 

@@ -25,7 +25,7 @@ NO_EFFECT = (
     "data.num_workers",
     "data.cache.root",
     "data.cache.workers",
-    "module.inference.voxels_at_once",
+    "inference.voxels_at_once",
     "trainer.accelerator",
     "trainer.callbacks",  # the node `callbacks`
     "trainer.default_root_dir",
@@ -50,23 +50,19 @@ def identity(root: DictConfig) -> dict[str, Any]:
         root: The whole configuration; its node `hydra` is not needed.
     """
     plain: Any = OmegaConf.to_container(root)
-    # The folder is what is being named, and callbacks refer to it.
-    stripped = OmegaConf.create(
-        {key: value for key, value in plain.items() if key != "hydra"} | {"run_dir": "."}
-    )
-    built: dict[str, Any] = {
-        key: OmegaConf.to_container(stripped[key], resolve=True)
-        if OmegaConf.is_config(stripped[key])
-        else stripped[key]
-        for key in IDENTITY
-    }
     for dotted in NO_EFFECT:
         *parents, key = dotted.split(".")
-        node: Any = built
+        node = plain
         for parent in parents:
             node = node.get(parent) or {}
         node.pop(key, None)
-    return built
+    plain["run_dir"] = "."  # the folder is what is being named, and callbacks refer to it
+    resolved: Any = OmegaConf.create({key: plain[key] for key in plain if key != "hydra"})
+    return {
+        key: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        for key in IDENTITY
+        if (node := resolved[key]) is not None
+    }
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def train(config: DictConfig) -> float:
         The objective; NaN if another process is training the run, or if the objective is a score of
         cases that the split does not have.
     """
-    from experiments.results import show
+    from experiments.results import Results, show
 
     folder = RunFolder(Path(config.run_dir))
     with folder.claimed() as mine:
@@ -66,7 +66,7 @@ def train(config: DictConfig) -> float:
             logging.warning("%s: another process is training it", folder.path)
             return math.nan
         if folder.is_finished and not config.again:
-            results = folder.results
+            results = Results.read(folder)
             logging.info("finished before; again=true trains it again")
         else:
             results = run(config, folder)

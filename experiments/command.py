@@ -29,6 +29,9 @@ def command() -> Iterator[None]:
             raise
         logging.basicConfig(format="%(message)s")  # without effect once Hydra has set up logging
         end(error)
+    finally:
+        if not wants_traceback:
+            del os.environ[FULL_ERROR]
 
 
 @contextmanager

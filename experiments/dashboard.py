@@ -1,15 +1,17 @@
-"""A Weights & Biases workspace for a sweep over factors: for users who are online.
+"""A Weights & Biases workspace for a sweep over factors.
 
 `python -m experiments.dashboard ENTITY null_report` groups the runs of `runs/null_report` by factor
-and level and saves a view of the project: scores, learning curves, losses, slices. It needs
-`pip install -e '.[dashboard]'`, a login, and runs that were synced; `--dry-run` needs the first
-alone, and prints the view.
+and level, and saves a view of the project with their scores, learning curves, losses and slices.
+It needs the extra `dashboard` (`pip install -e '.[dashboard]'`), a login, and runs that were
+synced. With `--dry-run` it prints the view and needs the extra alone.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from errors import InputError
+from experiments.command import command
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -20,12 +22,12 @@ LEVEL = "cell.level"
 
 
 def workspace(entity: str, project: str, group: str) -> "Workspace":
-    """The view of one group of runs; nothing is sent.
+    """Describe the view of one group of runs; nothing is sent.
 
     Args:
-        entity: Of Weights & Biases: a user or a team.
-        project: Its project.
-        group: The runs' group, the `name` of their sweep.
+        entity: User or team of Weights & Biases.
+        project: Project of that user or team.
+        group: Group of the runs: the `name` of their sweep.
     """
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
@@ -72,27 +74,33 @@ def workspace(entity: str, project: str, group: str) -> "Workspace":
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Save or print the view that the command line asks for.
+
+    Raises:
+        InputError: The extra `dashboard` is not installed.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m experiments.dashboard",
         description="Save a view of a sweep's runs in Weights & Biases.",
     )
-    parser.add_argument("entity", help="of Weights & Biases: a user or a team")
-    parser.add_argument("group", help="the name of the sweep, its folder below runs")
-    parser.add_argument("--project", default="brain-tumour")
-    parser.add_argument("--dry-run", action="store_true", help="print the view, send nothing")
+    parser.add_argument("entity", help="user or team of Weights & Biases")
+    parser.add_argument("group", help="name of the sweep: its folder below runs")
+    parser.add_argument("--project", default="brain-tumour", help="default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="print the view and send nothing")
     options = parser.parse_args(arguments)
     try:
         view = workspace(options.entity, options.project, options.group)
     except ModuleNotFoundError as error:
-        print(f"{error.name} is missing: pip install -e '.[dashboard]'", file=sys.stderr)
-        return 1
+        raise InputError(
+            f"expected the module {error.name}, found none: pip install -e '.[dashboard]'"
+        ) from error
     if options.dry_run:
         print(view._to_model().model_dump_json(indent=1, by_alias=True))
-        return 0
-    view.save()
-    return 0
+    else:
+        view.save()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with command():
+        main()

@@ -11,6 +11,7 @@ from rich.progress import track
 from datamodules.brats import BraTSMasks
 from datamodules.cases import Case, DataSet
 from datamodules.nifti import identify
+from datamodules.splits import PARTS
 from errors import InputError
 from experiments.frey2019 import write_report
 from experiments.operating_point import Candidates, OperatingPoint
@@ -20,7 +21,6 @@ from lightning_modules.checkpoint import check_unseen
 from lightning_modules.metrics.regions import CONVENTIONS
 
 LEARNED_FROM = ("train", "validation")
-PARTS = (*LEARNED_FROM, "test")
 THRESHOLDS_NAME = "thresholds.json"
 
 

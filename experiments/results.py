@@ -1,5 +1,6 @@
 """What came out of a run, and one screen of it."""
 
+import json
 import platform
 import resource
 import sys
@@ -7,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 
@@ -49,7 +49,9 @@ class Results:
     )
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Results":
+    def read(cls, folder: RunFolder) -> "Results":
+        """Read the results of a finished run."""
+        content = json.loads(folder.results_file.read_text())
         return cls(**{**content, "cost": Cost(**content["cost"])})
 
     def write(self, folder: RunFolder) -> None:

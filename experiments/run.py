@@ -9,16 +9,12 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from errors import InputError
-
-if TYPE_CHECKING:
-    from experiments.results import Results
 
 # What a run is: its name is a hash of these nodes of the configuration, less the keys below.
 IDENTITY = ("module", "data", "seed", "trainer", "callbacks")
@@ -29,7 +25,7 @@ NO_EFFECT = (
     "data.num_workers",
     "data.cache.root",
     "data.cache.workers",
-    "module.inference.voxels_at_once",
+    "inference.voxels_at_once",
     "trainer.accelerator",
     "trainer.callbacks",  # the node `callbacks`
     "trainer.default_root_dir",
@@ -54,23 +50,19 @@ def identity(root: DictConfig) -> dict[str, Any]:
         root: The whole configuration; its node `hydra` is not needed.
     """
     plain: Any = OmegaConf.to_container(root)
-    # The folder is what is being named, and callbacks refer to it.
-    stripped = OmegaConf.create(
-        {key: value for key, value in plain.items() if key != "hydra"} | {"run_dir": "."}
-    )
-    built: dict[str, Any] = {
-        key: OmegaConf.to_container(stripped[key], resolve=True)
-        if OmegaConf.is_config(stripped[key])
-        else stripped[key]
-        for key in IDENTITY
-    }
     for dotted in NO_EFFECT:
         *parents, key = dotted.split(".")
-        node: Any = built
+        node = plain
         for parent in parents:
             node = node.get(parent) or {}
         node.pop(key, None)
-    return built
+    plain["run_dir"] = "."  # the folder is what is being named, and callbacks refer to it
+    resolved: Any = OmegaConf.create({key: plain[key] for key in plain if key != "hydra"})
+    return {
+        key: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        for key in IDENTITY
+        if (node := resolved[key]) is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -138,13 +130,6 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         return self.results_file.is_file()
-
-    @cached_property
-    def results(self) -> "Results":
-        """What came out of a finished run."""
-        from experiments.results import Results
-
-        return Results.from_json(json.loads(self.results_file.read_text()))
 
     def split(self) -> dict[str, list[str]]:
         """Names of the cases of each part.

@@ -1,17 +1,24 @@
-"""A level of a factor against the baseline: different, equivalent or undecided.
+"""Compare a level of a factor with the baseline: different, equivalent or undecided.
 
-Wanted is the mean over cases and seeds of training, level minus baseline, for the one training set
-that all runs share. A score is the sum of its arm's mean, case, arm x case, seed within arm, and a
-residual: cases are crossed with all runs, seeds are nested in their arm. Radiology has this design
-with readers for seeds, the reader-nested-within-test study, and analyses it by mean squares:
-Hillis, "A marginal-mean ANOVA approach for analyzing multireader multicase radiological imaging
-data", Stat Med 33 (2014) 330-360, doi 10.1002/sim.5926.
+We estimate the mean difference of a score, level minus baseline, over cases and over seeds of the
+training, for the one training set that all runs share. The model is
 
-All but Wilcoxon's test and the median rests on means and a t distribution, so on scores whose mean
-says something, as Dice does, and an HD95 of 373 mm for an empty mask does not. In simulations
-errors of nominally 5 % stay at 5 % or below where seeds vary alike in both arms. They reach 7 %
-with 3 seeds, 30 cases and one arm whose seeds all agree (Welch's test does so too), and more than
-10 % where the scores of one arm alone are strongly skewed and seeds hardly matter.
+    score = arm + case + arm x case + seed(arm) + residual
+
+where an arm is the level or the baseline. Cases are crossed with all runs, because every run is
+tested on the same cases. Seeds are nested in their arm, because no two runs share one. Cases and
+seeds are random effects. Radiology knows this design as the study with readers nested within tests,
+where our seeds are its readers, and analyses it by mean squares: Hillis, "A marginal-mean ANOVA
+approach for analyzing multireader multicase radiological imaging data", Stat Med 33 (2014) 330-360,
+doi 10.1002/sim.5926.
+
+All results but Wilcoxon's test and the median rest on means and on a t distribution. They suit
+scores whose mean is meaningful, such as Dice, and not HD95 with 373 mm for an empty mask.
+
+In simulations, tests with a nominal error rate of 5 % stay at or below it if the seeds of both arms
+vary alike. The rate reaches 7 % with 3 seeds, 30 cases and one arm whose seeds all agree, as that
+of Welch's test does. It exceeds 10 % if the scores of one arm alone are strongly skewed and seeds
+have hardly any effect.
 """
 
 from collections.abc import Sequence
@@ -21,17 +28,19 @@ from typing import Literal, NamedTuple, cast
 import numpy as np
 from scipy import special, stats
 
-POWER = 0.8
+POWER = 0.8  # of the test for which `minimum_detectable` is given
 Verdict = Literal["different", "equivalent", "undecided"]
 
 
 class Estimate(NamedTuple):
-    """A mean difference and how sure it is; every field (...), NaN where it is not defined.
+    """A mean difference and its uncertainty.
+
+    All fields have the same shape (...), and are NaN where they are not defined.
 
     Attributes:
-        difference: Level minus baseline, in units of the score.
-        standard_error: Over cases and seeds, in units of the score.
-        degrees_of_freedom: Of its t distribution.
+        difference: Mean of level minus baseline, in units of the score.
+        standard_error: Standard error of the difference over cases and seeds, in the same units.
+        degrees_of_freedom: Degrees of freedom of the t distribution of difference / standard error.
     """
 
     difference: np.ndarray
@@ -39,50 +48,55 @@ class Estimate(NamedTuple):
     degrees_of_freedom: np.ndarray
 
     def interval(self, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-        """Both ends of the confidence interval, each (...)."""
+        """Compute the lower and the upper end of the confidence interval, each (...)."""
         half = self.standard_error * stats.t.isf((1 - confidence) / 2, self.degrees_of_freedom)
         return self.difference - half, self.difference + half
 
     def p_difference(self) -> np.ndarray:
-        """Two-sided p (...) of a difference of 0."""
+        """Compute the two-sided p value (...) of the hypothesis that the difference is 0."""
         return 2 * stats.t.sf(
             np.abs(self.difference) / self.standard_error, self.degrees_of_freedom
         )
 
     def p_equivalence(self, margin: float) -> np.ndarray:
-        """P (...) of a difference of at least `margin` in size: the larger of two one-sided ones.
+        """Compute the p value (...) of the hypothesis that the difference is at least the margin.
 
-        It is below alpha exactly where the interval of confidence 1 - 2 alpha lies within the
-        margin (Schuirmann 1987, doi 10.1007/BF01068419).
+        It is the larger p value of two one-sided tests, one for each sign of the difference. It is
+        below alpha exactly if the confidence interval of level 1 - 2 alpha lies within the margin
+        (Schuirmann 1987, doi 10.1007/BF01068419).
         """
         room = margin - np.abs(self.difference)
         return stats.t.sf(room / self.standard_error, self.degrees_of_freedom)
 
     def minimum_detectable(self, alpha: float) -> np.ndarray:
-        """The true difference (...) that `p_difference` puts below alpha with a power of `POWER`.
+        """Compute the true difference (...) that the test of difference finds with power `POWER`.
 
-        By the noncentral t distribution, at the standard error observed.
+        It follows from the noncentral t distribution at the observed standard error, for a test of
+        error rate alpha.
         """
         critical = stats.t.isf(alpha / 2, self.degrees_of_freedom)
         return self.standard_error * special.nctdtrinc(self.degrees_of_freedom, 1 - POWER, critical)
 
 
 def estimate(baseline: np.ndarray, level: np.ndarray) -> Estimate:
-    """Mean difference with cases and seeds as random effects.
+    """Estimate the mean difference with cases and seeds as random effects.
 
-    The variance is that of the seeds' means, each arm by itself as in Welch's test, plus that of
-    the cases' differences, less the residual, which both contain; where the residual exceeds the
-    cases' part, that part is taken for 0. Degrees of freedom are Satterthwaite's over both. Hillis
-    leaves the cases' part out of these: simulated with ten cases, errors of 5 % became 8 %.
+    The variance of the estimate is the sum of two parts, minus the residual variance, which both
+    contain. The first part is the variance of the seeds' means, for each arm separately as in
+    Welch's test. The second part is the variance of the cases' differences; where the residual
+    exceeds it, the second part minus the residual counts as 0.
 
-    Where seeds and residual do not vary, this is the paired t test of the cases; where cases'
-    differences do not, Welch's test of the seeds' means. The standard error is NaN with fewer than
-    two seeds in an arm, with fewer than two cases, and where neither varies: two constants say
-    nothing about the next seed.
+    The degrees of freedom are Satterthwaite's, from both parts. Hillis takes them from the first
+    part alone; in simulations with ten cases, that raised error rates from 5 % to 8 %.
+
+    If neither seeds nor residual vary, this is the paired t test over cases; if the differences of
+    the cases do not vary, it is Welch's test of the seeds' means. The standard error is NaN with
+    fewer than two seeds in an arm, with fewer than two cases, and if nothing varies: two constants
+    say nothing about the next seed.
 
     Args:
         baseline: Scores (..., S, N) of S seeds in N cases, without NaN.
-        level: Scores (..., T, N) of T other seeds in the same cases.
+        level: Scores (..., T, N) of T other seeds in the same N cases.
     """
     cases = baseline.shape[-1]
     least = min(cases, baseline.shape[-2], level.shape[-2])
@@ -94,29 +108,29 @@ def estimate(baseline: np.ndarray, level: np.ndarray) -> Estimate:
     if least == 1:
         return Estimate(difference, undefined, undefined)
 
-    of_cases = case_differences.var(-1, ddof=1) / cases
-    of_seeds, residual = np.zeros_like(difference), np.zeros_like(difference)
-    squares = of_cases**2 / (cases - 1)
+    case_variance = case_differences.var(-1, ddof=1) / cases
+    seed_variance, residual = np.zeros_like(difference), np.zeros_like(difference)
+    squares = case_variance**2 / (cases - 1)
     for arm in (baseline, level):
         seeds = arm.shape[-2]
         deviations = arm - arm.mean(-2, keepdims=True)
         seed_means = deviations.mean(-1, keepdims=True)
-        of_arm = seed_means[..., 0].var(-1, ddof=1) / seeds
-        of_seeds = of_seeds + of_arm
-        squares = squares + of_arm**2 / (seeds - 1)
+        arm_variance = seed_means[..., 0].var(-1, ddof=1) / seeds
+        seed_variance = seed_variance + arm_variance
+        squares = squares + arm_variance**2 / (seeds - 1)
         mean_square = ((deviations - seed_means) ** 2).sum((-2, -1)) / (seeds - 1) / (cases - 1)
         residual = residual + mean_square / (seeds * cases)
 
-    variance = of_seeds + np.maximum(of_cases - residual, 0)
+    variance = seed_variance + np.maximum(case_variance - residual, 0)
     rounding = 8 * np.finfo(float).eps * max(np.abs(baseline).max(), np.abs(level).max())
     variance = np.where(variance > rounding**2, variance, np.nan)
     return Estimate(difference, np.sqrt(variance), variance**2 / squares)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's adjusted p values (..., F) of families (..., F).
+    """Adjust the p values of families of F tests, (..., F), by Holm's method.
 
-    A NaN stays NaN and counts as a test that was planned: it makes the others no smaller.
+    NaN stays NaN. It counts as a test that was planned, as if its p value were 1.
     """
     known = np.where(np.isnan(p), 1.0, p)
     order = known.argsort(-1)
@@ -126,10 +140,10 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def verdicts(p_difference: np.ndarray, p_equivalence: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The `Verdict` (...) of p values (...).
+    """Decide on the `Verdict` (...) from the p values (...) of both tests.
 
-    Where both tests reject, the difference is there and smaller than what was said to matter before
-    the run: "equivalent". NaN is "undecided".
+    If both tests reject, there is a difference, but one smaller than the margin that was stated
+    before the run: the verdict is "equivalent". NaN leads to "undecided".
     """
     tests = [p_equivalence < alpha, p_difference < alpha]
     return np.select(tests, ["equivalent", "different"], "undecided")
@@ -137,37 +151,40 @@ def verdicts(p_difference: np.ndarray, p_equivalence: np.ndarray, alpha: np.ndar
 
 @dataclass(frozen=True)
 class Comparison:
-    """Level against baseline; differences are level minus baseline, in units of the score.
+    """The comparison of a level with the baseline.
 
-    What is not defined is NaN: all but counts without a common case or without a run in one arm;
-    what needs a standard error where `estimate` gives none. The verdict is then "undecided".
+    Differences are level minus baseline, in units of the score. A value that is not defined is NaN:
+    without a common case, or without a run in one arm, all values but the counts; if `estimate`
+    gives no standard error, the values that need one. The verdict is then "undecided".
 
     Attributes:
-        cases: That are scored in every run of both arms.
-        left_out: Cases that are NaN in some run, and taken from both arms.
-        baseline_seeds: Runs of the baseline.
-        level_seeds: Runs of the level.
-        margin: The smallest difference that matters, stated before the run.
-        alpha: Error rate of each test, in a family after Holm.
-        difference: Mean over cases and seeds.
-        low: Lower end of its interval of confidence 1 - alpha, over cases and seeds, before Holm.
-        high: Upper end.
-        tost_low: Lower end of the interval of confidence 1 - 2 alpha: the equivalence test before
-            Holm asks whether it lies within the margin.
-        tost_high: Upper end.
-        standard_error: Of the difference, over cases and seeds.
-        degrees_of_freedom: Of its t distribution.
-        minimum_detectable: The true difference that would be found with a power of 0.8, at this
-            standard error, alone in its family.
-        p_difference: Two-sided, that the difference is 0.
-        p_equivalence: That it is at least the margin, in either direction.
-        median: Over cases, of the difference of the arms' means over seeds.
-        p_wilcoxon: Signed ranks of these differences. Conditional on the checkpoints: it asks
-            whether these runs differ, and with other seeds may answer otherwise.
-        p_difference_holm: Adjusted for its family, as the two that follow.
-        p_equivalence_holm: Of the equivalence tests.
-        p_wilcoxon_holm: Of the Wilcoxon tests.
-        verdict: By `p_difference_holm` and `p_equivalence_holm`, see `verdicts`.
+        cases: Number of cases that are scored in every run of both arms.
+        left_out: Number of cases that are NaN in some run and are left out of both arms.
+        baseline_seeds: Number of runs of the baseline.
+        level_seeds: Number of runs of the level.
+        margin: Smallest difference that matters, stated before the run.
+        alpha: Error rate of each test, over its family after Holm's correction.
+        difference: Mean difference over cases and seeds.
+        low: Lower end of the confidence interval of level 1 - alpha, before Holm's correction.
+        high: Upper end of that interval.
+        tost_low: Lower end of the confidence interval of level 1 - 2 alpha. The equivalence test,
+            before Holm's correction, asks whether this interval lies within the margin.
+        tost_high: Upper end of that interval.
+        standard_error: Standard error of the difference, over cases and seeds.
+        degrees_of_freedom: Degrees of freedom of the t distribution.
+        minimum_detectable: True difference that would be found with a power of 0.8 at this standard
+            error, if the test were alone in its family.
+        p_difference: Two-sided p value of the hypothesis that the difference is 0.
+        p_equivalence: P value of the hypothesis that the difference is at least the margin, in
+            either direction.
+        median: Median over the cases of the difference between the arms' means over seeds.
+        p_wilcoxon: P value of Wilcoxon's signed-rank test of these differences. It is conditional
+            on the checkpoints: it asks whether these runs differ, which says little about runs with
+            other seeds.
+        p_difference_holm: `p_difference`, adjusted for its family.
+        p_equivalence_holm: `p_equivalence`, adjusted for its family.
+        p_wilcoxon_holm: `p_wilcoxon`, adjusted for its family.
+        verdict: Verdict from `p_difference_holm` and `p_equivalence_holm`, see `verdicts`.
     """
 
     cases: int
@@ -197,17 +214,17 @@ class Comparison:
 def compare(
     baseline: np.ndarray, level: np.ndarray, margin: float, alpha: float = 0.05
 ) -> Comparison:
-    """Compare two arms that were tested on the same cases; alone in its family until `adjust`.
+    """Compare two arms that were tested on the same cases, as a family of one until `adjust`.
 
     Args:
         baseline: Scores (S, N) of S seeds, 0 or more, in N cases; NaN where a score is undefined.
-        level: Scores (T, N); its seeds have nothing to do with those of the baseline.
-        margin: The smallest difference that matters, in units of the score.
+        level: Scores (T, N) of T seeds, which are independent of those of the baseline.
+        margin: Smallest difference that matters, in units of the score.
         alpha: Error rate of each of the two tests.
 
     Raises:
-        ValueError: Other shapes, infinite scores, a margin that is not positive, or alpha outside
-            (0, 0.5).
+        ValueError: The shapes differ, a score is infinite, the margin is not positive, or alpha
+            lies outside (0, 0.5).
     """
     baseline, level = np.asarray(baseline, float), np.asarray(level, float)
     if baseline.ndim != 2 or level.ndim != 2 or baseline.shape[1] != level.shape[1]:
@@ -258,10 +275,11 @@ def compare(
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons with Holm's p values and verdicts of one family, in the same order.
+    """Return the comparisons, in order, with the p values and verdicts of one family.
 
-    Tests of difference, of equivalence and Wilcoxon tests are a family each: among all comparisons,
-    a false "different" has at most the probability alpha, and so has a false "equivalent".
+    The tests of difference, those of equivalence and Wilcoxon's tests are a family each. Over all
+    comparisons, the probability of any false "different" is at most alpha, and so is that of any
+    false "equivalent".
     """
     adjusted = {
         f"{name}_holm": holm(np.array([getattr(comparison, name) for comparison in comparisons]))

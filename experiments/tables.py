@@ -2,18 +2,23 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
+
+from files import write_text
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """A table; what a row lacks stays empty."""
+    """Format rows as a Markdown table; a cell that a row lacks stays empty."""
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write rows as a CSV file with a header."""
+    text = StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

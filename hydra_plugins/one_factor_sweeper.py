@@ -103,9 +103,10 @@ def only(factors: list[str] | None, levels: dict[str, list[str]]) -> dict[str, l
     """
     if factors is None:
         return levels
-    if unknown := [factor for factor in factors if factor not in levels]:
+    known = [key for key, values in levels.items() if len(values) > 1]
+    if unknown := [factor for factor in factors if factor not in known]:
         raise CompactHydraException(
-            f"{FACTORS}: expected some of {', '.join(levels)}, found {', '.join(unknown)}"
+            f"{FACTORS}: expected some of {', '.join(known)}, found {', '.join(unknown)}"
         )
     return {key: values if key in factors else values[:1] for key, values in levels.items()}
 

@@ -1,1 +1,1 @@
-"""What is trained: networks, losses, metrics, inference. Start with `segmentation.py`."""
+"""Networks, and their losses, inference, metrics and training; start with `segmentation.py`."""

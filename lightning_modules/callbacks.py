@@ -1,4 +1,4 @@
-"""What happens around training: seeds, thresholds, and what a run leaves behind for its reader."""
+"""Callbacks: seeds, memory, the operating point, and the tables and pictures of a run."""
 
 import csv
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from jaxtyping import Bool, Float, Shaped, UInt8
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
@@ -19,9 +20,11 @@ from lightning_modules.memory import keep_freed
 from lightning_modules.pictures import busiest_slice, draw_case, plane
 from lightning_modules.segmentation import Batch, SegmentationModule, VolumeBatch
 
+Masks = Any  # what the steps return: predicted masks (B, R, X, Y, Z); Lightning's type is a union
+
 
 class SaveConfig(Callback):
-    """Puts the resolved configuration into every checkpoint, where `checkpoint.load` reads it."""
+    """Stores the resolved configuration in every checkpoint, where `checkpoint.load` reads it."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = dict(config)
@@ -60,7 +63,10 @@ class SaveSeenCases(Callback):
 
 
 class SeedEveryStep(Callback):
-    """Seeds the noise of the bottleneck by the step, so that a resumed run repeats it."""
+    """Seeds torch before every training step, by the run's seed and the step.
+
+    A resumed run then draws the same noise in the bottleneck as an uninterrupted one.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -73,7 +79,7 @@ class SeedEveryStep(Callback):
 
 
 class KeepFreedMemory(Callback):
-    """Lets a process that trains on a CPU keep the memory that it frees: `memory.keep_freed`."""
+    """Calls `memory.keep_freed` in a process that trains on a CPU."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.strategy.root_device.type == "cpu":
@@ -81,13 +87,13 @@ class KeepFreedMemory(Callback):
 
 
 class ChooseThreshold(Callback):
-    """Chooses the operating point of a detector after every validation, on the validation cases.
+    """Chooses a detector's threshold after every validation: `LesionReport.best_threshold`.
 
-    The threshold finds the most lesions with at most `target_fp` false positives a patient. It is
-    stored in checkpoints with the weights that it was chosen for; test scores are taken at it.
+    The scores of this validation are those at the new threshold. Checkpoints store it with the
+    weights that it was chosen for, and test scores are taken at it.
 
     Args:
-        target_fp: False positives a patient on the validation cases.
+        target_fp: The largest number of false positives a patient on the validation cases.
     """
 
     def __init__(self, target_fp: float) -> None:
@@ -101,11 +107,13 @@ class ChooseThreshold(Callback):
 
 
 class LogSlices(Callback):
-    """Logs the slice with most tumour of the first validation cases, with both masks, to W&B.
+    """Logs axial slices of the first validation cases to W&B, with true and predicted masks.
+
+    Each is the slice with the largest area of the outermost true region.
 
     Args:
-        cases: Number of cases.
-        channel: Modality to show, by its place; the last one of BraTS is FLAIR.
+        cases: Number of cases to log.
+        channel: Index of the modality to show; the last one of BraTS is FLAIR.
     """
 
     def __init__(self, cases: int = 3, channel: int = -1) -> None:
@@ -116,7 +124,7 @@ class LogSlices(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401  (what `score` returns: masks, (B, R, X, Y, Z))
+        outputs: Masks,
         batch: VolumeBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -151,7 +159,7 @@ class CaseTable(Callback):
     """Writes the scores of every test case, as CSV and as a W&B table.
 
     Args:
-        path: The CSV file.
+        path: CSV file to write.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -164,7 +172,7 @@ class CaseTable(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401  (what `score` returns: masks, (B, R, X, Y, Z))
+        outputs: Masks,
         batch: VolumeBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -188,12 +196,12 @@ class CaseTable(Callback):
 
 
 class CasePictures(Callback):
-    """Draws truth and prediction of the first test cases in three planes, to PNG and to W&B.
+    """Draws truth and prediction of the first test cases in three planes, as PNG and for W&B.
 
     Args:
-        folder: Folder of the pictures, made where missing.
-        cases: Number of cases.
-        channel: Modality to show, by its place; the last one of BraTS is FLAIR.
+        folder: Folder of the pictures, which is made if it is missing.
+        cases: Number of cases to draw.
+        channel: Index of the modality to show; the last one of BraTS is FLAIR.
     """
 
     def __init__(self, folder: str | Path, cases: int, channel: int = -1) -> None:
@@ -205,7 +213,7 @@ class CasePictures(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401  (what `score` returns: masks, (B, R, X, Y, Z))
+        outputs: Masks,
         batch: VolumeBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -235,24 +243,32 @@ def regions_of(trainer: pl.Trainer) -> list[str]:
     return list(trainer.datamodule.regions)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def scan_of(trainer: pl.Trainer, image: Tensor, channel: int) -> np.ndarray:
-    """One modality (X, Y, Z) of an image; other channels are stacked behind the modalities."""
+def scan_of(
+    trainer: pl.Trainer, image: Float[Tensor, "c x y z"], channel: int
+) -> Float[np.ndarray, "x y z"]:
+    """Take one modality from an image.
+
+    Modalities are the first channels; similarity and mirrored patches come after them.
+    """
     modalities = trainer.datamodule.modalities  # pyright: ignore[reportAttributeAccessIssue]
     return as_array(image[: len(modalities)][channel])
 
 
-def as_array(tensor: Tensor) -> np.ndarray:
+def as_array(tensor: Shaped[Tensor, "..."]) -> Shaped[np.ndarray, "..."]:
     return tensor.detach().cpu().numpy()
 
 
-def innermost(regions: np.ndarray) -> np.ndarray:
-    """One map (X, Y, Z) of masks (R, X, Y, Z): 0, or 1 + the last region that has the voxel."""
+def innermost(regions: Bool[np.ndarray, "r x y z"]) -> UInt8[np.ndarray, "x y z"]:
+    """Turn masks into labels: 1 + the last region that contains the voxel, or 0."""
     numbers = np.arange(1, len(regions) + 1, dtype=np.uint8)
     return (regions * numbers[:, None, None, None]).max(0)
 
 
-def display_range(values: np.ndarray) -> np.ndarray:
-    """Scale intensities to bytes, the darkest to the 99.5th percentile; the background is black."""
+def display_range(values: Float[np.ndarray, "x y"]) -> UInt8[np.ndarray, "x y"]:
+    """Scale intensities between the lowest and the 99.5th percentile to bytes.
+
+    The background, which is 0, becomes black.
+    """
     low, high = values.min(), np.percentile(values, 99.5)
     values = np.where(values == 0, low, values)
     return (255 * np.clip((values - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Checkpoints: weights, the configuration that rebuilds the network, the cases it has seen."""
+"""Checkpoints: weights, the configuration that rebuilds the module, the cases it has seen."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from lightning_modules.segmentation import SegmentationModule
 CONFIG_KEY = "config"
 SEEN_KEY = "seen"  # part of the split -> identity of a patient -> name of the case
 
-# What the networks of an ensemble must have in common.
+# Keys of the configuration, below `data`, whose values the networks of an ensemble must share.
 SHARED = {
     "data_set": ("modalities", "regions"),
     "cache": ("spacing_mm", "extras"),
@@ -32,10 +32,10 @@ class Loaded(NamedTuple):
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read the content of a checkpoint file, on the CPU, without unpickling code in it.
+    """Read a checkpoint file to the CPU, without executing code that it may contain.
 
     Raises:
-        InputError: No such file, no checkpoint, or one that this repository has not written.
+        InputError: There is no such file, or train.py has not written it.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,8 +56,7 @@ def load(path: str | Path) -> Loaded:
     """Rebuild a module from its checkpoint alone.
 
     Raises:
-        InputError: A file that `read` refuses, or weights that do not fit the configuration beside
-            them.
+        InputError: `read` refuses the file, or its weights do not fit its configuration.
     """
     content = read(path)
     config = content[CONFIG_KEY]
@@ -73,7 +72,7 @@ def load(path: str | Path) -> Loaded:
 
 
 def fingerprint(path: Path) -> str:
-    """Tell a checkpoint from others in one line, by name and content, wherever its folder lies."""
+    """Identify a checkpoint by its run, its name and a hash of its content, in one line."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     return f"{path.parent.name}/{path.name} {digest}"
@@ -84,15 +83,18 @@ def load_ensemble(
     flip_axes: Sequence[int] = (),
     precision: torch.dtype = torch.float32,
 ) -> tuple[Ensemble, dict[str, Any]]:
-    """Load the networks of several checkpoints as one; returns the configuration of the first too.
+    """Load the networks of several checkpoints as an ensemble.
 
     Args:
         paths: At least one checkpoint.
-        flip_axes: Axes of the mirror images that an `Ensemble` averages over.
+        flip_axes: Axes of the mirror images that the `Ensemble` averages over.
         precision: Precision of the networks.
 
+    Returns:
+        The ensemble, and the configuration of the first checkpoint.
+
     Raises:
-        InputError: A checkpoint that `load` refuses; networks that see or find different things.
+        InputError: `load` refuses a checkpoint, or the networks differ in input or output.
     """
     members = [load(path) for path in paths]
     first = members[0].config
@@ -109,7 +111,7 @@ def load_ensemble(
 
 
 def build(node: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever `_target_` names)
-    """Build a part of a checkpoint's configuration: its data set, its cache, ..."""
+    """Build what a part of a checkpoint's configuration describes: its data set, its cache, ..."""
     return instantiate(node, _convert_="all")
 
 
@@ -147,10 +149,14 @@ def check_unseen(path: str | Path, cases: Mapping[str, Sequence[str]]) -> None:
 
 
 def check_same_network(path: str | Path, model: Mapping[str, Any]) -> None:
-    """Refuse to continue from a checkpoint whose network was built from other values.
+    """Refuse to continue from a checkpoint whose network differs from the configured one.
+
+    Args:
+        path: The checkpoint.
+        model: Group `model` of the configuration.
 
     Raises:
-        InputError: Names the first value that differs.
+        InputError: A value of `model` differs; the message names the first.
     """
     stored = read(path)[CONFIG_KEY]["model"]
     for key in sorted({*stored, *model}):

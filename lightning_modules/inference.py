@@ -1,7 +1,7 @@
-"""From patches to whole volumes.
+"""Inference on whole volumes, for networks that are trained on patches.
 
-An inference is called with an image (B, C, X, Y, Z) of any size and a network, and returns logits
-(B, R, X, Y, Z) of all of it at full resolution, whatever grid the network predicts on.
+An inference is called with images (B, C, X, Y, Z) of any size and with a network. It returns logits
+(B, R, X, Y, Z) at full resolution, whatever grid the network predicts on.
 """
 
 import logging
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from lightning_modules.networks.geometry import Geometry
 
-Network = Any  # has `segment`, the logits of patches, and what else an inference says it calls
+Network = Any  # its `segment` turns images into logits; some inferences need further attributes
 Inference = Callable[[Tensor, Network], Tensor]
 
 
 class SlidingWindow:
-    """Overlapping windows, blended by Gaussian weights (MONAI); for networks that pad.
+    """Averages overlapping windows with Gaussian weights (MONAI); for networks that pad.
 
     Args:
-        patch_size: Side of the window in voxels, one number or three. A window of the training
-            patches' size keeps the context that the network has learnt to use.
-        overlap: Share of a window that its neighbour covers too.
+        patch_size: Sides of the window in voxels, one number or three. In a window of the training
+            patches' size, voxels have the context that the network has learnt to use.
+        overlap: Share of a window's side that the next window covers too.
         batch_size: Number of windows in a forward pass.
     """
 
@@ -54,11 +54,13 @@ class SlidingWindow:
         return cast(Tensor, logits)
 
 
-def _never_alone(windows: Tensor, segment: Callable[[Tensor], Tensor]) -> Tensor:
-    """Segment a single window on a CPU as two.
+def _never_alone(
+    windows: Float[Tensor, "b c x y z"], segment: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "b r x y z"]:
+    """Segment windows; on a CPU, double a batch of one.
 
-    For batches of one, PyTorch leaves oneDNN wherever channels * X * Y is small: one window of 48³
-    takes six times as long as two.
+    PyTorch does not use oneDNN for batches of one where channels * X * Y is small: one window of
+    48³ takes six times as long as two.
     """
     if len(windows) == 1 and windows.device.type == "cpu":
         return segment(windows.expand(2, *windows.shape[1:]))[:1]
@@ -66,34 +68,35 @@ def _never_alone(windows: Tensor, segment: Callable[[Tensor], Tensor]) -> Tensor
 
 
 class WholeVolume:
-    """One pass over the volume, zero padded at its far ends; for networks that pad.
+    """Segments the volume in one pass, zero padded at its far ends; for networks that pad.
 
-    The network has a `divisor`, which must divide the sides of its input.
+    The network's attribute `divisor` is what must divide the sides of its input.
     """
 
     def __call__(
         self, image: Float[Tensor, "b c x y z"], network: Network
     ) -> Float[Tensor, "b r x y z"]:
         x, y, z = image.shape[2:]
-        return network.segment(_padded(image, before=0, multiple=network.divisor))[..., :x, :y, :z]
+        return network.segment(_padded(image, margin=0, multiple=network.divisor))[..., :x, :y, :z]
 
 
 class ExactTiles:
-    """A valid-convolution network over a volume: what one pass over all of it would give.
+    """Segments a volume with a network of valid convolutions, in tiles if it is large.
 
-    Around the volume are zeros, as around patches at its border in training. The volume is computed
-    in one pass if that fits, else in tiles that are cut from the *output*: each is computed from
-    its own voxels and their halo, so that no value depends on how the output was cut. A coarse
-    output comes to full resolution by repetition (Krivov & Belyaev 2018, section 2.2). (MONAI's
-    sliding window takes a smaller output for a coarser one and stretches it over the window;
-    TorchIO's aggregator raises.)
+    The logits are those of one pass over all of the volume, however it is cut: the *output* is cut
+    into tiles, and each tile is computed from its own voxels and their halo. Zeros surround the
+    volume, as they surround patches at its border in training. A coarse output is repeated to full
+    resolution (Krivov & Belyaev 2018, section 2.2).
 
-    The network has `segment_volume`: the one pass, without a halo around the volume.
+    MONAI's sliding window does not fit here: it takes the smaller output of a valid convolution for
+    a coarser one, and stretches it over the window. TorchIO's aggregator refuses it.
+
+    The network's `segment_volume` segments a volume in one pass, without a halo around it.
 
     Args:
         geometry: Halo and stride of the network.
-        voxels_at_once: The largest number of input voxels in a pass. Where memory runs out all the
-            same, tiles are halved until it does not.
+        voxels_at_once: The largest number of input voxels in a pass. If memory runs out all the
+            same, tiles are halved until it suffices.
     """
 
     def __init__(self, geometry: Geometry, voxels_at_once: int = 10_000_000) -> None:
@@ -108,13 +111,13 @@ class ExactTiles:
     def coarse(
         self, image: Float[Tensor, "b c x y z"], network: Network
     ) -> Float[Tensor, "b r x_ y_ z_"]:
-        """Logits on the network's own grid, whose sides are those of the image over the stride."""
+        """Compute the logits on the network's grid: sides over the stride, rounded up."""
         halo, stride = self.geometry
         if image[0, 0].numel() <= self.voxels_at_once:
             with suppress_out_of_memory("smaller tiles"):
-                return network.segment_volume(_padded(image, before=0, multiple=stride))
+                return network.segment_volume(_padded(image, margin=0, multiple=stride))
         grid = [math.ceil(side / stride) for side in image.shape[2:]]
-        padded = _padded(image, before=halo, multiple=stride)
+        padded = _padded(image, margin=halo, multiple=stride)
         tile = list(grid)
         while max(tile) > 1:
             if math.prod(map(self.input_side, tile)) <= self.voxels_at_once:
@@ -124,36 +127,45 @@ class ExactTiles:
         return self._tiled(padded, network, grid, tile)
 
     def input_side(self, output_side: int) -> int:
+        """Return the number of input voxels along an axis from the number of output voxels."""
         return output_side * self.geometry.stride + 2 * self.geometry.halo
 
     def _tiled(
-        self, padded: Tensor, network: Network, grid: Sequence[int], tile: Sequence[int]
-    ) -> Tensor:
+        self,
+        padded: Float[Tensor, "b c x y z"],
+        network: Network,
+        grid: Sequence[int],
+        tile: Sequence[int],
+    ) -> Float[Tensor, "b r x_ y_ z_"]:
+        """Compute output tiles of sides `tile` that cover the output's grid, and join them."""
+        stride = self.geometry.stride
         logits: Tensor | None = None
         for start in tile_starts(grid, tile):
-            here = [
-                slice(s * self.geometry.stride, s * self.geometry.stride + self.input_side(side))
-                for s, side in zip(start, tile, strict=True)
+            seen = [
+                slice(first * stride, first * stride + self.input_side(side))
+                for first, side in zip(start, tile, strict=True)
             ]
-            part: Tensor = network.segment(padded[(..., *here)])
+            part: Tensor = network.segment(padded[(..., *seen)])
             if logits is None:
                 logits = part.new_empty(*part.shape[:2], *grid)
-            there = (slice(s, s + side) for s, side in zip(start, tile, strict=True))
-            logits[(..., *there)] = part
+            predicted = (
+                slice(first, first + side) for first, side in zip(start, tile, strict=True)
+            )
+            logits[(..., *predicted)] = part
         assert logits is not None
         return logits
 
 
 class Ensemble:
-    """Mean probability over networks and mirror images: 8 flips x 2 models, 16 estimates (2.3).
+    """Averages probabilities over networks and mirror images.
 
-    It adds up estimates as they come, so that any number of them takes the memory of two.
+    Frey & Nau 2019 (section 2.3) average 16 estimates: those of 2 networks on 8 mirror images.
 
     Args:
         members: Modules that turn images (B, C, X, Y, Z) into probabilities (B, R, X, Y, Z).
-        flip_axes: The image is mirrored along every subset of these axes of a volume, and the
-            estimate is mirrored back.
-        precision: Precision of the networks; half precisions are those of autocast.
+        flip_axes: Axes of a volume (0, 1, 2). The image is mirrored along every subset of them, and
+            the estimate is mirrored back.
+        precision: Precision of the networks; a half precision is left to autocast.
     """
 
     def __init__(
@@ -169,20 +181,20 @@ class Ensemble:
 
     @property
     def estimates(self) -> int:
-        """Number of estimates that are averaged."""
+        """How many estimates are averaged."""
         return len(self.members) * len(self.flips)
 
     def to(self, device: torch.device | str) -> "Ensemble":
-        """Move all members to a device; returns itself."""
+        """Move all members to a device, and return the ensemble."""
         for member in self.members:
             member.to(device)
         return self
 
     @torch.inference_mode()
     def __call__(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
-        """Probabilities in float32, on the device of the image."""
+        """Predict probabilities, in float32, on the device of the image."""
         half = self.precision is not torch.float32
-        mean: Tensor | None = None
+        mean: Tensor | None = None  # until the end the sum, so that one estimate is held at a time
         with torch.autocast(image.device.type, self.precision, enabled=half):
             for member, flip in product(self.members, self.flips):
                 estimate = member(image.flip(flip)).float().flip(flip)
@@ -193,7 +205,11 @@ class Ensemble:
     def computed_on(
         self, image: Float[Tensor, "b c x y z"], device: torch.device | str
     ) -> Float[Tensor, "b r x y z"]:
-        """The same, computed on a device, or on the CPU if the device runs out of memory."""
+        """Predict probabilities on a device, or on the CPU if the device runs out of memory.
+
+        Returns:
+            Probabilities in float32, on the CPU.
+        """
         if torch.device(device).type != "cpu":
             with suppress_out_of_memory("on the CPU"):
                 return self.to(device)(image.to(device)).cpu()
@@ -202,7 +218,11 @@ class Ensemble:
 
 @contextmanager
 def suppress_out_of_memory(instead: str) -> Iterator[None]:
-    """Leave the block if memory runs out in it, with a warning, and continue behind it."""
+    """Leave a `with` block that runs out of memory, with a warning, and continue after it.
+
+    Args:
+        instead: What the caller tries next, for the warning.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -212,7 +232,10 @@ def suppress_out_of_memory(instead: str) -> Iterator[None]:
 
 
 def tile_starts(grid: Sequence[int], tile: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """First voxels of tiles that cover a grid; the last tile of an axis is moved inwards to fit."""
+    """Yield the first voxels of tiles that cover a grid.
+
+    The last tile along an axis is moved inwards, so that no tile reaches beyond the grid.
+    """
     return product(
         *(
             sorted({min(start, side - width) for start in range(0, side, width)})
@@ -222,7 +245,7 @@ def tile_starts(grid: Sequence[int], tile: Sequence[int]) -> Iterator[tuple[int,
 
 
 def halved(tile: Sequence[int]) -> list[int]:
-    """The tile with its longest side halved."""
+    """Halve the longest side of a tile."""
     longest = max(range(len(tile)), key=lambda axis: tile[axis])
     return [math.ceil(side / 2) if axis == longest else side for axis, side in enumerate(tile)]
 
@@ -231,17 +254,19 @@ def ran_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _padded(image: Tensor, before: int, multiple: int) -> Tensor:
-    """Pad (B, C, X, Y, Z) with `before` zeros on all sides, and at the far ends to a multiple."""
+def _padded(
+    image: Float[Tensor, "b c x y z"], margin: int, multiple: int
+) -> Float[Tensor, "b c x_ y_ z_"]:
+    """Pad with `margin` zeros on all sides, after zeros that fill the far ends up to a multiple."""
     sides = reversed(image.shape[2:])
-    padding = [end for side in sides for end in (before, before + -side % multiple)]
+    padding = [end for side in sides for end in (margin, margin + -side % multiple)]
     return F.pad(image, padding)
 
 
 def repeated(
     coarse: Shaped[Tensor, "b r x_ y_ z_"], stride: int, shape: Sequence[int]
 ) -> Shaped[Tensor, "b r x y z"]:
-    """Repeat every voxel as stride³ voxels, and cut the result to `shape` (X, Y, Z)."""
+    """Repeat every voxel stride³ times, and cut the far ends off to `shape` (X, Y, Z)."""
     if stride > 1:
         for axis in (2, 3, 4):
             coarse = coarse.repeat_interleave(stride, dim=axis)

@@ -1,11 +1,11 @@
-"""The losses: Frey & Nau 2019, section 2.2, and Krivov & Belyaev 2018, section 2.2.
+"""The losses of Frey & Nau 2019 (section 2.2) and Krivov & Belyaev 2018 (section 2.2).
 
-Every term is computed in float32, whatever the precision of the network: the sums run over
+Every term is computed in float32, whatever the precision of the network, because the sums run over
 hundreds of thousands of voxels.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,38 +15,45 @@ from torch import Tensor, nn
 from lightning_modules.networks.aeunet import Latent
 from lightning_modules.networks.geometry import Geometry
 
-Terms = dict[str, Tensor]  # by name; `loss` is what is minimised
+Terms = dict[str, Tensor]  # scalars by name; `loss` is the one that is minimised
 
 
+@runtime_checkable  # so that beartype can check it while the tests run
 class Loss(Protocol):
-    """What a network is trained to make small."""
+    """The interface of all losses: terms of training patches, and of whole volumes."""
 
     def __call__(self, output: Any, batch: Mapping[str, Any]) -> Terms:  # noqa: ANN401
-        """All terms of a batch of training patches.
+        """Compute all terms of a batch of training patches.
 
         Args:
-            output: The network's named tuple, with `logits` on its own grid.
-            batch: `image` and `mask` at full resolution, as the data module serves them.
+            output: The named tuple that the network returns, with `logits` on its own grid.
+            batch: A `Batch`, with `image` and `mask` at full resolution.
         """
         ...
 
     def on_volume(self, logits: Tensor, batch: Mapping[str, Any]) -> Terms:
-        """The terms of whole volumes, from the inference's logits at full resolution."""
+        """Compute the terms of whole volumes.
+
+        Args:
+            logits: The output of the inference, (B, R, X, Y, Z), at full resolution.
+            batch: A `VolumeBatch`, with `image` and `mask` at full resolution.
+        """
         ...
 
 
 def soft_dice(
     logits: Float[Tensor, "b r *xyz"], mask: Shaped[Tensor, "b r *xyz"], smooth: float = 100.0
 ) -> Float[Tensor, " r"]:
-    """Soft Dice loss of each region (equation 1), in [0, 1], mean over the batch.
+    """Compute the soft Dice loss of each region (equation 1), averaged over the batch.
 
-    Printed as `1 - 2(Σtp + s)/(Σt² + Σp² + s)`, which is -1 where both masks are empty although the
-    text claims the interval [0, 1]; `1 - (2Σtp + s)/(Σt² + Σp² + s)` is in it.
+    The paper prints `1 - 2(Σtp + s)/(Σt² + Σp² + s)`, which is -1 if both masks are empty, although
+    its text gives the interval [0, 1]. This is `1 - (2Σtp + s)/(Σt² + Σp² + s)`, which lies in it.
 
     Args:
-        logits: Before the sigmoid.
-        mask: 0 or 1.
-        smooth: s. A large value lets the network predict a few voxels in a patch without tumour.
+        logits: Prediction before the sigmoid.
+        mask: True masks, with values 0 and 1.
+        smooth: The s of the equation, in voxels. The larger it is, the less a few predicted voxels
+            cost in a patch without tumour.
     """
     probability = logits.float().sigmoid().flatten(2)
     truth = mask.float().flatten(2)
@@ -58,15 +65,18 @@ def soft_dice(
 def reconstruction_l2(
     reconstruction: Float[Tensor, "b c *xyz"], image: Float[Tensor, "b c *xyz"]
 ) -> Float[Tensor, ""]:
-    """Mean squared error over voxels, channels and batch (equation 2)."""
+    """Compute the mean squared error over voxels, channels and batch (equation 2)."""
     return F.mse_loss(reconstruction.float(), image.float())
 
 
 def gaussian_kl(latent: Latent, voxels: int) -> Float[Tensor, ""]:
-    """Divergence of the posterior from N(0, 1), mean over the batch (equation 3).
+    """Compute the divergence of the posterior from N(0, 1), averaged over the batch (equation 3).
 
-    `Σ(μ² + σ² - log σ² - 1) / N`, without the usual factor ½, where N is the number of voxels of
-    the input patch.
+    It is `Σ(μ² + σ² - log σ² - 1) / N`, without the usual factor ½.
+
+    Args:
+        latent: The posterior.
+        voxels: N, the number of voxels of the input patch.
     """
     mean, log_variance = latent.mean.float(), latent.log_variance.float()
     divergence = mean.square() + log_variance.exp() - log_variance - 1
@@ -79,12 +89,12 @@ class RegionDice(nn.Module):
     Args:
         weights: Weight of each region, by name.
         regions: Names of the network's output channels, in order.
-        smooth_mm3: s of equation 1 as a volume. The paper's 100 voxels are 100 mm³; on a coarser
-            grid 100 voxels would outweigh small regions.
-        spacing_mm: Edge of a voxel.
+        smooth_mm3: The s of equation 1 as a volume. The paper's 100 voxels are 100 mm³; on a
+            coarser grid 100 voxels would outweigh small regions.
+        spacing_mm: Edge of a voxel in mm.
 
     Raises:
-        ValueError: The weights are not those of the regions.
+        ValueError: The names of the weights are not those of the regions.
     """
 
     def __init__(
@@ -110,23 +120,23 @@ class RegionDice(nn.Module):
         return self.on_volume(output.logits, batch)
 
     def on_volume(self, logits: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> Terms:
-        """`dice_<region>` for each region, unweighted, and their weighted sum, `loss`."""
+        """Return `dice_<region>` of each region, unweighted, and their weighted sum, `loss`."""
         by_region = soft_dice(logits, batch["mask"], self.smooth)
         terms = dict(zip((f"dice_{region}" for region in self.regions), by_region, strict=True))
         return {**terms, "loss": (self.weights * by_region).sum()}
 
 
 class AutoencoderLoss(nn.Module):
-    """Segmentation, reconstruction and divergence together (equation 4).
+    """Weighted sum of segmentation loss, reconstruction error and divergence (equation 4).
 
-    Whole volumes have the terms of the segmentation alone, because inference leaves the autoencoder
-    out. In training the network reconstructs all of its input, the "real input image" of equation
-    2: a channel of similarity or of the mirrored patch counts as much as a modality.
+    The network reconstructs its whole input, the "real input image" of equation 2: a channel of
+    similarity or of the mirrored patch counts as much as a modality. Whole volumes have the terms
+    of the segmentation alone, because inference leaves the autoencoder out.
 
     Args:
         segmentation: Loss of the logits.
-        l2_weight: Weight of the mean squared reconstruction error.
-        kl_weight: Weight of the divergence of the bottleneck.
+        l2_weight: Weight of the reconstruction error.
+        kl_weight: Weight of the divergence of the bottleneck's posterior.
     """
 
     def __init__(self, segmentation: Loss, l2_weight: float = 0.1, kl_weight: float = 0.1) -> None:
@@ -136,7 +146,7 @@ class AutoencoderLoss(nn.Module):
         self.kl_weight = kl_weight
 
     def forward(self, output: Any, batch: Mapping[str, Any]) -> Terms:  # noqa: ANN401
-        """The terms of the segmentation, `l2`, `kl`, and their weighted sum, `loss`."""
+        """Return the segmentation's terms, `l2` and `kl`; `loss` is the sum of all."""
         image = batch["image"]
         terms = self.segmentation(output, batch)
         l2 = reconstruction_l2(output.reconstruction, image)
@@ -149,10 +159,11 @@ class AutoencoderLoss(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """Binary cross entropy against the mask that max pooling brings to the network's grid.
+    """Binary cross entropy between logits and mask on the network's grid.
 
-    A box of stride³ voxels is positive if one voxel in it is (Krivov & Belyaev 2018, section 2.2).
-    For a padded network, with a stride of 1 and no halo, this is the usual voxelwise loss.
+    Max pooling brings the mask there: a box of stride³ voxels is positive if any voxel in it is
+    (Krivov & Belyaev 2018, section 2.2). For a padded network, with a stride of 1 and no halo, this
+    is the usual voxelwise loss.
 
     Args:
         geometry: Halo and stride of the network.
@@ -163,24 +174,26 @@ class CrossEntropy(nn.Module):
         self.geometry = geometry
 
     def forward(self, output: Any, batch: Mapping[str, Any]) -> Terms:  # noqa: ANN401
-        """`loss` of patches: the logits are compared with the mask inside the halo."""
+        """Return the `loss` of patches, whose logits cover the mask inside the halo."""
         halo, mask = self.geometry.halo, batch["mask"]
         inside = (..., *(slice(halo, side - halo) for side in mask.shape[2:]))
         return self._terms(output.logits, mask[inside])
 
     def on_volume(self, logits: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> Terms:
-        """`loss` of whole volumes, on the network's own grid."""
+        """Return the `loss` of whole volumes, which counts every box of the grid once."""
         stride = self.geometry.stride
         return self._terms(logits[..., ::stride, ::stride, ::stride], batch["mask"])
 
-    def _terms(self, logits: Tensor, mask: Tensor) -> Terms:
+    def _terms(
+        self, logits: Float[Tensor, "b r x_ y_ z_"], mask: Bool[Tensor, "b r x y z"]
+    ) -> Terms:
         target = pooled(mask, self.geometry.stride).to(torch.float32)
         return {"loss": F.binary_cross_entropy_with_logits(logits.float(), target)}
 
 
 def pooled(mask: Bool[Tensor, "b r x y z"], stride: int) -> Bool[Tensor, "b r x_ y_ z_"]:
-    """Whether any voxel of each box of stride³ is true; sides are divided and rounded up."""
+    """Tell for each box of stride³ voxels whether one of them is true; sides are rounded up."""
     if stride == 1:
         return mask
-    # Max pooling of bytes is not implemented on every device.
+    # Not every device can pool bytes.
     return F.max_pool3d(mask.float(), stride, ceil_mode=True) > 0

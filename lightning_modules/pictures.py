@@ -1,35 +1,43 @@
-"""Slices that show where a tumour is, and where a network sees it."""
+"""Pictures of slices, with the masks of true and predicted regions."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Shaped
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+Volume = Shaped[np.ndarray, "x y z"]
 
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
-# One for each region, outermost first: painted in this order, inner regions stay visible.
+# One colour for each region, outermost first: painted in this order, inner regions stay visible.
 REGION_COLOURS = ("#2a9d8f", "#e9c46a", "#e63946", "#457b9d", "#9b5de5")
 
 
-def busiest_slice(mask: np.ndarray, axis: int) -> int:
-    """Position along `axis` with most true voxels of (X, Y, Z); the middle where there are none."""
+def busiest_slice(mask: Volume, axis: int) -> int:
+    """Find the slice across `axis` with most true voxels of a mask.
+
+    Returns:
+        Its position along the axis; the middle if the mask is empty.
+    """
     areas = mask.sum(axis=tuple(other for other in range(3) if other != axis))
     return int(areas.argmax()) if areas.any() else mask.shape[axis] // 2
 
 
-def plane(volume: np.ndarray, axis: int, position: int) -> np.ndarray:
-    """A slice of (X, Y, Z) RAS as it is displayed: superior or anterior up, right on the right."""
+def plane(volume: Volume, axis: int, position: int) -> Shaped[np.ndarray, "row column"]:
+    """Cut a slice out of a volume in RAS order, turned for display.
+
+    Up is superior, or anterior in axial slices. Right is right, or anterior in sagittal slices.
+    """
     return np.rot90(volume.take(position, axis))
 
 
 def draw_regions(
-    ax: "Axes", regions: Mapping[str, np.ndarray], axis: int, position: int, opacity: float = 0.35
+    ax: Axes, regions: Mapping[str, Volume], axis: int, position: int, opacity: float = 0.35
 ) -> None:
-    """Paint a slice of every region (X, Y, Z), outermost first, with its outline."""
+    """Paint and outline the regions, given outermost first, in one slice."""
     for mask, colour in zip(regions.values(), REGION_COLOURS, strict=False):
         area = plane(mask, axis, position)
         if area.any():
@@ -37,10 +45,8 @@ def draw_regions(
             ax.contour(area, levels=[0.5], colors=[colour], linewidths=1)
 
 
-def add_legend(figure: "Figure", regions: Iterable[str]) -> None:
-    """Name the colours of regions below a figure with a black background."""
-    from matplotlib.patches import Patch
-
+def add_legend(figure: Figure, regions: Iterable[str]) -> None:
+    """Add a legend of the regions' colours below a figure with a black background."""
     handles = [
         Patch(color=colour, label=region)
         for region, colour in zip(regions, REGION_COLOURS, strict=False)
@@ -54,25 +60,22 @@ def add_legend(figure: "Figure", regions: Iterable[str]) -> None:
     )
 
 
-def draw_case(
-    image: np.ndarray, rows: Mapping[str, Mapping[str, np.ndarray]], title: str
-) -> "Figure":
-    """Draw a scan in three planes, bare and under the masks of each row.
+def draw_case(image: Volume, rows: Mapping[str, Mapping[str, Volume]], title: str) -> Figure:
+    """Draw a scan in three planes: a row without masks, and one for each set of masks.
+
+    The slices are those with most voxels of the outermost region, in the first row that has any.
 
     Args:
-        image: (X, Y, Z) in RAS order, one modality.
-        rows: Masks (X, Y, Z) by region, outer regions first, of "truth", "prediction", ... The
-            slices are those with most of the outermost region of the first row that has any.
-        title: Name of the case, and its scores.
+        image: One modality, in RAS order.
+        rows: Masks by region, outermost first, for "truth", "prediction", ...
+        title: Name of the case, or more.
     """
-    from matplotlib.figure import Figure
-
     outermost = [next(iter(regions.values())) for regions in rows.values()]
     shown = next((mask for mask in outermost if mask.any()), outermost[0])
     positions = [busiest_slice(shown, axis) for axis in PLANES.values()]
     brain = image[image != 0]
     low, high = np.percentile(brain, (1, 99.5)) if brain.size else (0, 1)
-    scan = np.where(image == 0, low, image)  # 0 is background: black, not the grey of a z-score 0
+    scan = np.where(image == 0, low, image)  # the background is 0, which is a grey in z-scores
     figure = Figure(figsize=(9, 3 * len(rows) + 4), facecolor="black", layout="constrained")
     axes = figure.subplots(len(rows) + 1, len(PLANES))
     for line, (name, regions) in zip(axes, {"scan": {}, **rows}.items(), strict=True):

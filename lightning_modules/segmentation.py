@@ -1,4 +1,4 @@
-"""Training on patches, scoring on whole volumes: the one LightningModule of all networks."""
+"""The LightningModule of all networks: it trains on patches and is scored on whole volumes."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
@@ -30,24 +30,24 @@ class Batch(TypedDict):
 class VolumeBatch(Batch):
     """Whole volumes, for validation and testing."""
 
-    outside: Int[Tensor, "b r"]  # voxels of each true region that the crop has cut off
-    index: Int[Tensor, " b"]  # place of the case in the data set
+    outside: Int[Tensor, "b r"]  # number of true voxels that the crop has cut off
+    index: Int[Tensor, " b"]  # position of the case in the data set
 
 
 class SegmentationModule(pl.LightningModule):
     """Fits a network to patches; validates and tests it on whole volumes.
 
-    What differs between networks is in the objects that it is given: a detector is another loss,
-    another inference, other metrics.
+    All that depends on the task is in the objects that it is built from: a detector has another
+    loss, inference and metrics than a network that segments regions.
 
     Args:
-        network: `forward` turns patches into a named tuple with `logits`, and whatever else its
-            loss needs; the inference says what else it calls.
-        loss: Terms of the network's output, and of whole volumes.
-        optimizer: Makes the optimizer of the parameters.
-        scheduler: Makes the schedule of the optimizer; one step an epoch.
-        inference: Logits of whole volumes at full resolution, whatever grid the network has.
-        metrics: Makes the scores of a stage.
+        network: `forward` turns patches into a named tuple with `logits` and whatever else the loss
+            needs. The inference documents which further methods it calls.
+        loss: Computes the terms to minimise, for patches and for whole volumes.
+        optimizer: Makes the optimizer from the network's parameters.
+        scheduler: Makes the learning rate schedule from the optimizer; it has one step an epoch.
+        inference: Computes the logits of whole volumes at full resolution.
+        metrics: Makes the metrics of a stage; it is called for validation and for testing.
         channels_last: Memory layout of network and images. On CPUs, 3-D convolutions of few
             channels take half the time with channels last.
     """
@@ -73,7 +73,7 @@ class SegmentationModule(pl.LightningModule):
 
     @property
     def threshold(self) -> float:
-        """Probability above which a voxel is predicted; part of every checkpoint."""
+        """Probability above which a voxel is predicted; it is stored in every checkpoint."""
         return float(self.metrics["test"].threshold)
 
     @threshold.setter
@@ -82,17 +82,22 @@ class SegmentationModule(pl.LightningModule):
             metrics.threshold.fill_(probability)
 
     def forward(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
-        """Probabilities of whole volumes."""
+        """Predict the probabilities of whole volumes at full resolution."""
         return self.logits(image).sigmoid()
 
     def logits(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
-        return self.inference(self.arranged(image), self.network)
+        """Compute the logits of whole volumes at full resolution."""
+        return self.inference(self.in_memory_format(image), self.network)
 
-    def arranged(self, image: Tensor) -> Tensor:
+    def in_memory_format(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b c x y z"]:
         return image.contiguous(memory_format=self.memory_format)
 
+    def terms(self, batch: Batch) -> Terms:
+        """Compute all terms of the loss of training patches."""
+        return self.loss(self.network(self.in_memory_format(batch["image"])), batch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        terms = self.loss(self.network(self.arranged(batch["image"])), batch)
+        terms = self.terms(batch)
         self.stop_unless_finite(terms, batch)
         self.log_dict(
             {f"train/{name}": value for name, value in terms.items()},
@@ -103,6 +108,11 @@ class SegmentationModule(pl.LightningModule):
         return terms["loss"]
 
     def stop_unless_finite(self, terms: Terms, batch: Batch) -> None:
+        """Stop training when a term is NaN or infinite.
+
+        Raises:
+            FloatingPointError: Names the terms, the step and the cases.
+        """
         finite = torch.stack([term.detach().isfinite() for term in terms.values()])
         if not finite.all():
             names = [name for name, ok in zip(terms, finite.tolist(), strict=True) if not ok]
@@ -119,7 +129,7 @@ class SegmentationModule(pl.LightningModule):
         return self.score(batch, "test")
 
     def score(self, batch: VolumeBatch, stage: str) -> Bool[Tensor, "b r x y z"]:
-        """Score whole volumes; returns the predicted masks, for callbacks."""
+        """Score whole volumes, and return the predicted masks for the callbacks."""
         logits = self.logits(batch["image"])
         loss = self.loss.on_volume(logits, batch)["loss"]
         self.log(f"{stage}/loss", loss, batch_size=len(batch["image"]), sync_dist=True)
@@ -144,17 +154,17 @@ class SegmentationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue on the schedule of this configuration, which may have more epochs.
+        """Continue on this configuration's schedule, which may be longer than the checkpoint's.
 
-        The state of a schedule holds its length, and equation 5 ends at a learning rate of 0: a
-        finished run that is continued with the state that it saved would not learn any more.
+        The saved state of a schedule holds its length, and equation 5 ends at a learning rate of 0:
+        a finished run that was continued with this state would not learn any more.
         """
-        if "lr_schedulers" not in checkpoint:  # weights alone, which are only tested
+        if "lr_schedulers" not in checkpoint:  # weights alone can be tested, but not continued
             return
         optimizer = self.optimizer(nn.Linear(1, 1).parameters())
         scheduler = self.scheduler(optimizer)
         for _ in range(checkpoint["lr_schedulers"][0]["last_epoch"]):
-            optimizer.step()  # without gradients: torch warns if a schedule precedes its optimizer
+            optimizer.step()  # changes nothing, but torch warns of a schedule without it
             scheduler.step()
         checkpoint["lr_schedulers"] = [scheduler.state_dict()]
         for group in checkpoint["optimizer_states"][0]["param_groups"]:

@@ -142,8 +142,8 @@ def tiny(brats: Path, cache_root: Path, tmp_path: Path) -> list[str]:
         "split.seed=3",  # three cases to train on, one for validation, two to test
         "patches=aeunet_proxy",
         "patches.size=16",
-        "patches.window=16",
-        "patches.overlap=0.5",
+        "inference.patch_size=16",
+        "inference.overlap=0.5",
         "patches.per_epoch=4",
         "patches.batch_size=2",
         "data.num_workers=0",

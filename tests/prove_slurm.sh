@@ -93,7 +93,7 @@ sweep() {
     model=aeunet norm=group,batch model.bottleneck=4 \
     data.data_set.root="$work/phantoms" data.data_set.spacing_mm=3 data.data_set.count=4 \
     data.cache.root="$work/cache" split.validation=0.25 split.test=0.25 \
-    data.sampler.patch_size=16 data.patches_per_epoch=4 callbacks.early_stopping.patience=100000 \
+    patches.size=16 patches.per_epoch=4 callbacks.early_stopping.patience=100000 \
     trainer.accelerator=cpu +trainer.enable_progress_bar=false "$@" > "$folder.log" 2>&1 ||
     { tail -n 30 "$folder.log" >&2; return 1; }
   ls "$folder"/*/results.json
@@ -134,17 +134,18 @@ from pathlib import Path
 
 import torch
 
+from experiments.results import Results
+from experiments.run import finished_runs
 from lightning_modules.checkpoint import read
-from lightning_modules.results import Results
 
-whole, cut = (sorted(Path(folder).glob("*/results.json")) for folder in sys.argv[1:])
-assert [path.parent.name for path in whole] == [path.parent.name for path in cut]
+whole, cut = (finished_runs(Path(folder)) for folder in sys.argv[1:])
+assert [run.path.name for run in whole] == [run.path.name for run in cut]
 assert len(whole) == 2
 for a, b in zip(whole, cut, strict=True):
-    one, other = Results.read(a.parent), Results.read(b.parent)
+    one, other = Results.read(a), Results.read(b)
     assert one.metrics == other.metrics, (one.metrics, other.metrics)
     assert one.epochs == other.epochs
-    weights, others = (read(path.parent / "last.ckpt")["state_dict"] for path in (a, b))
+    weights, others = (read(run.last)["state_dict"] for run in (a, b))
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     print(f"{one.run}: {len(one.metrics)} metrics and {len(weights)} tensors are identical,",
           f"test/dice {one.metrics['test/dice']!r} after {one.epochs} epochs")

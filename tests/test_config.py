@@ -25,12 +25,6 @@ OPTIONS = {
     for folder in sorted(CONF.iterdir())
     if folder.is_dir()
 }
-# Smallest patches that each network takes.
-SMALL = {
-    "aeunet": ["patches.size=32"],
-    "unet": ["patches.size=32"],
-    "dnet": ["patches.size=56"],
-}
 # Axes of ablations that are numbers; axes that are groups stand in the file of the model.
 NUMBERS = {
     "filters.base": [8, 16],
@@ -38,7 +32,6 @@ NUMBERS = {
     "model.depth": [3, 4, 5],
     "model.bottleneck": [32, 128],
 }
-CONSTRUCTORS = ("norm", "activation", "downsampling")
 
 
 def groups_of(model: str) -> set[str]:
@@ -56,16 +49,43 @@ def groups_of(model: str) -> set[str]:
     return groups | ({"region_weights"} if model == "aeunet" else set())
 
 
+def constructor_groups() -> list[str]:
+    """Groups that some network takes as an argument: `norm: ${norm}`."""
+    found: set[str] = set()
+    for path in (CONF / "model").glob("*.yaml"):
+        arguments = yaml.safe_load(path.read_text())["model"].values()
+        found |= {str(value).strip("${}") for value in arguments} & set(OPTIONS)
+    return sorted(found)
+
+
+def small(model: str) -> list[str]:
+    """Patches that a network takes: small ones, but for a halo."""
+    halo = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text())["geometry"]["halo"]
+    return [f"patches.size={2 * halo + 4 if halo else 32}"]
+
+
 def model_for(group: str, option: str) -> str:
     """A network that an option is about."""
     if group == "model":
         return option
     if group == "patches":
         return option.partition("_")[0]
-    about_lesions = ("exact_tiles", "lesions", "cross_entropy", "detection", "metastases")
-    if any(word in option for word in about_lesions) or option == "krivov2018":
+    if option in ("exact_tiles", "lesions", "cross_entropy", "detection", "krivov2018"):
         return "dnet"
     return "unet" if option == "whole_volume" else "aeunet"
+
+
+def with_its_regions(composed: Compose, group: str, option: str) -> list[str]:
+    """An option, and what goes with it: the weights of a data set's regions, or the reverse."""
+    for data in OPTIONS["data"] if group == "region_weights" else [option]:
+        regions = set(composed(f"data={data}").data.data_set.regions)
+        for weights in OPTIONS["region_weights"] if group == "data" else [option]:
+            if (
+                set(yaml.safe_load((CONF / "region_weights" / f"{weights}.yaml").read_text()))
+                == regions
+            ):
+                return [f"data={data}", f"region_weights={weights}"]
+    raise AssertionError(f"{group}={option}: regions without weights")
 
 
 def build(config: DictConfig) -> Any:
@@ -79,11 +99,12 @@ def build(config: DictConfig) -> Any:
 def test_every_option_builds(composed: Compose, group: str, option: str):
     model = model_for(group, option)
     overrides = [f"model={model}", "filters.base=8"]
-    overrides += [] if group == "model" else [f"{group}={option}"]
-    overrides += [] if group in ("experiment", "patches") else SMALL[model]
+    if group in ("data", "region_weights"):
+        overrides += with_its_regions(composed, group, option)
+    elif group != "model":
+        overrides += [f"{group}={option}"]
+    overrides += [] if group in ("experiment", "patches") else small(model)
     overrides += ["split.path=split.json"] if option == "file" else []
-    if option == "lesion":  # weights for the one region of this data set
-        overrides += ["data=metastases"]
     config = composed(*overrides)
     module = build(config).eval()
     optimizer = module.configure_optimizers()["optimizer"]
@@ -120,19 +141,19 @@ def test_every_axis_that_is_a_number_changes_the_network_or_is_refused(
                 composed(f"model={model}", f"{axis}={levels[0]}")
             continue
         networks = [
-            str(build(composed(f"model={model}", *SMALL[model], f"{axis}={level}")).network)
+            str(build(composed(f"model={model}", *small(model), f"{axis}={level}")).network)
             for level in levels
         ]
         assert all(first != second for first, second in pairwise(networks)), axis
 
 
 @pytest.mark.parametrize("model", OPTIONS["model"])
-@pytest.mark.parametrize("group", [*CONSTRUCTORS, "region_weights"])
+@pytest.mark.parametrize("group", [*constructor_groups(), "region_weights"])
 def test_every_axis_that_is_a_group_changes_the_module_or_is_refused(
     composed: Compose, model: str, group: str
 ):
     """A network that ignored an axis would make a sweep of equal runs under several names."""
-    overrides = [[f"model={model}", *SMALL[model], f"{group}={o}"] for o in OPTIONS[group]]
+    overrides = [[f"model={model}", *small(model), f"{group}={o}"] for o in OPTIONS[group]]
     if group not in groups_of(model):
         for arguments in overrides:
             with pytest.raises(ConfigCompositionException) as error:
@@ -188,7 +209,8 @@ def test_length_is_that_of_trainer_and_patches_whatever_the_data(
     choice = [f"model={model}", f"data={data}"]
     assert composed(*choice, "trainer=debug").trainer.max_epochs == 1
     assert composed(*choice, "trainer=overfit").trainer.max_epochs == 50
-    assert composed(*choice, "trainer.max_epochs=2").trainer.check_val_every_n_epoch == 2
+    short = composed(*choice, "trainer.max_epochs=2")
+    assert short.trainer.check_val_every_n_epoch == min(2, short.patches.epochs_per_validation)
     config = composed(*choice, "patches.size=60", "patches.batch_size=4", "patches.per_epoch=8")
     assert config.data.sampler.patch_size == 60
     assert (config.data.batch_size, config.data.patches_per_epoch) == (4, 8)

@@ -51,30 +51,28 @@ def test_the_demo_makes_the_phantoms_that_the_configuration_asks_for(
     assert f"-m datamodules.phantom {expected} " in done.stdout
 
 
-SWEEP = (
-    "python train.py -m model=aeunet norm=group,batch"  # test_train.py runs it, and looks closer
-)
-# test_detection.py runs them.
+# test_train.py runs it, and looks closer.
+SWEEP = "python train.py -m model=aeunet norm=group,batch"
+# test_krivov2018.py runs them.
 DETECTION = {
     "python train.py experiment=detection",
-    "python -m experiments.detection runs/detection",
+    "python -m experiments.krivov2018 runs/detection",
     "python train.py experiment=krivov2018 data.data_set.root=METASTASES",
 }
 # test_null_report.py runs such a sweep, kills it, and runs it again.
 NULL_REPORT = {
-    "python train.py experiment=null_report",
-    "python -m experiments.null_report runs/null_report",
-    "python train.py experiment=norm seed=0,1,2,3,4",
-    "python train.py experiment=null_report data=brats data.data_set.root=FOLDER",
-    "python train.py experiment=inputs",
+    command
+    for command in COMMANDS
+    if "experiment=null_report" in command or "experiments.null_report" in command
 }
-# test_similarity.py draws a brain that fits the template.
-FIGURE_2 = {c for c in COMMANDS if "experiments.inputs" in c}
+# test_figure_2.py draws a brain that fits the template.
+FIGURE_2 = {command for command in COMMANDS if "experiments.figure_2" in command}
 # One after the other, below.
 EVALUATION = [command for command in COMMANDS if "frey2019" in command or "=segmented" in command]
 ELSEWHERE = {SWEEP, *DETECTION, *NULL_REPORT, *FIGURE_2, *EVALUATION}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c.startswith("python") and c not in ELSEWHERE]
 )
@@ -89,7 +87,7 @@ def test_python(
         command = command.replace("FOLDER", str(write_brats(tmp_path / "new", cases=1)))
     words = shlex.split(command.replace("FOLDER", str(brats)))
     if "train.py" in words and "--help" not in words:
-        ours = [o for o in tiny if not o.startswith(("run_dir", "data.data_set.root"))]
+        ours = [o for o in tiny if not o.startswith(("run_dir", "data.data_set.root", "patches="))]
         ours += [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}", "logger=csv"]
         words += [*ours, f"data.data_set.root={brats}", "filters.base=8", "trainer=debug"]
     if "datamodules.phantom" in words:
@@ -101,12 +99,14 @@ def test_python(
     assert not re.search(r"Traceback|Error", done.stderr)
 
 
+@pytest.mark.process
 def test_the_papers_evaluation(tiny: list[str], brats: Path, tmp_path: Path):
     """Train two models, evaluate them, segment new scans, score the label maps."""
     assert [shlex.split(command)[1] for command in EVALUATION] == [
         "train.py", "evaluate.py", "predict.py", "evaluate.py",
     ]  # fmt: skip
-    ours = [o for o in tiny if not o.startswith(("run_dir", "data=", "data.data_set.root"))]
+    replaced = ("run_dir", "data=", "data.data_set.root", "patches=")
+    ours = [o for o in tiny if not o.startswith(replaced)]
     new = write_brats(tmp_path / "new", cases=2)
     for command in EVALUATION:
         for name in ("runs/frey2019", "=segmented", "=evaluation"):

@@ -20,6 +20,7 @@ import train
 from datamodules.splits import PARTS
 from errors import InputError
 from experiments.command import USER_ERRORS, one_line
+from experiments.results import Results
 from experiments.run import RunFolder
 from files import write_json
 from lightning_modules import checkpoint
@@ -56,7 +57,7 @@ def test_a_sweep_is_two_runs_with_results_and_dashboards(tiny: list[str], tmp_pa
         ["aeunet", "group", "s0"],
     ]
     for folder, norm in zip(folders, ("batch", "group"), strict=True):
-        results = RunFolder(folder).results
+        results = Results.read(RunFolder(folder))
         assert results.choices["norm"] == norm
         assert 0 <= results.metrics["test/dice_WT"] <= 1
         assert f"test/dice {results.metrics['test/dice']:.3f}".split("/")[1] in done.stdout
@@ -91,10 +92,11 @@ def check_dashboard(folder: Path, norm: str) -> None:
     for name in ("val/slice/", "test/cases", "test/pictures"):
         assert any(key.startswith(name) for key in logged), name
     tested = next(item["test/dice_WT"] for item in history if "test/dice_WT" in item)
-    assert tested == pytest.approx(RunFolder(folder).results.metrics["test/dice_WT"])
+    results = Results.read(RunFolder(folder))
+    assert tested == pytest.approx(results.metrics["test/dice_WT"])
     # The summary, the last of what was logged, is that of the checkpoint that was tested.
     validated = [item["val/dice_WT"] for item in history if "val/dice_WT" in item]
-    assert validated[-1] == pytest.approx(RunFolder(folder).results.metrics["val/dice_WT"])
+    assert validated[-1] == pytest.approx(results.metrics["val/dice_WT"])
     config = json.dumps([record["config"] for record in found if "config" in record])
     assert '"bottleneck": 4' in config  # nested, as in the files
     masks = list(folder.glob("wandb/offline-run-*/files/media/images/mask/**/*.png"))
@@ -224,7 +226,7 @@ def test_trainers_for_finding_bugs(composed: Compose, tiny: list[str], trainer: 
     short = [override for override in tiny if not override.startswith("trainer.max_epochs")]
     config = composed(*short, "logger=csv", f"trainer={trainer}")
     assert 0 <= train.train(config) <= 1
-    assert RunFolder(Path(config.run_dir)).results.epochs == epochs
+    assert Results.read(RunFolder(Path(config.run_dir))).epochs == epochs
 
 
 class WorseEveryEpoch(pl.Callback):
@@ -255,7 +257,7 @@ def test_validation_and_test_scores_are_of_the_same_weights(
         "+callbacks.worse._target_=tests.test_train.WorseEveryEpoch",
     )
     objective = train.train(config)
-    metrics = RunFolder(Path(config.run_dir)).results.metrics
+    metrics = Results.read(RunFolder(Path(config.run_dir))).metrics
     first, *others, last = logged(Path(config.run_dir), "val/dice")
     assert max(others) < first  # the last epoch's scores were those of spoilt weights
     assert metrics["val/dice"] == last == pytest.approx(first)
@@ -283,7 +285,7 @@ def test_a_part_without_cases_is_left_out(
     config = composed(*tiny, "logger=csv", *(f"split.{part}=0" for part in without))
     score = train.train(config)
     run = RunFolder(Path(config.run_dir))
-    stages = {name.split("/")[0] for name in run.results.metrics}
+    stages = {name.split("/")[0] for name in Results.read(run).metrics}
     assert stages & {"val", "test"} == parts
     assert all(run.split()[part] == [] for part in without)
     assert run.best.is_file()

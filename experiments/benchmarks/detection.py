@@ -1,33 +1,54 @@
-"""D-Net against the U-Net on a whole volume: time and memory, in turn, in one process."""
+"""Time and memory of D-Net and the U-Net on a whole volume, measured in turn in one process."""
 
 import argparse
 from collections.abc import Sequence
 
 import torch
-from lightning_modules.detection import DetectionModule
-from torch import nn
+from torch import Tensor, nn
 
-from experiments.detection import peak_mib, seconds_a_volume
-from lightning_modules.inference import ExactTiles, WholeVolume
-from lightning_modules.losses import SparseCrossEntropy
+from experiments.timing import peak_mib, seconds_a_volume
+from lightning_modules.inference import ExactTiles, Inference, Network, WholeVolume
+from lightning_modules.losses import CrossEntropy
 from lightning_modules.memory import keep_freed
 from lightning_modules.metrics import LesionMetrics
-from lightning_modules.networks import DNet, UNet3D
-from lightning_modules.networks.dnet import Geometry, geometry
+from lightning_modules.networks.dnet import GEOMETRY, DNet
+from lightning_modules.networks.geometry import Geometry
+from lightning_modules.networks.unet import UNet3D
+from lightning_modules.segmentation import SegmentationModule
+
+VOXELS_AT_ONCE = 2**30  # more than any volume has: one pass over all of it
 
 
-def module(
-    network: nn.Module, inference: ExactTiles | WholeVolume, grid: Geometry
-) -> DetectionModule:
-    """A network as it is used after training; its weights do not matter here."""
-    return DetectionModule(
+class PaddedOnce(ExactTiles):
+    """Computes the same logits from a volume that is padded with its halo of zeros.
+
+    `ExactTiles` saves these voxels, because the features of a constant background are known.
+    """
+
+    def coarse(self, image: Tensor, network: Network) -> Tensor:
+        halo, stride = self.geometry
+        sides = reversed(image.shape[2:])
+        padding = [end for side in sides for end in (halo, halo + -side % stride)]
+        return network.segment(nn.functional.pad(image, padding))
+
+
+def module(network: nn.Module, inference: Inference, geometry: Geometry) -> SegmentationModule:
+    """Wrap an untrained network as it is used after training; its weights change no time."""
+    return SegmentationModule(
         network,
-        SparseCrossEntropy(grid),
+        CrossEntropy(geometry),
         torch.optim.Adam,
-        lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
+        torch.optim.lr_scheduler.ConstantLR,
         inference,
-        lambda: LesionMetrics(grid),
+        lambda: LesionMetrics(geometry),
     ).eval()
+
+
+def brain(shape: Sequence[int]) -> Tensor:
+    """Make a volume (1, X, Y, Z) of noise in an ellipsoid, with air in the corners around it."""
+    axes = [torch.linspace(-1, 1, side) for side in shape]
+    radius = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0)
+    return torch.randn(1, *shape) * (radius < 1)
 
 
 def main() -> None:
@@ -39,45 +60,30 @@ def main() -> None:
         "--shape", type=int, nargs=3, default=[144, 176, 144], help="default: a brain at 1 mm"
     )
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
-    given = parser.parse_args()
+    options = parser.parse_args()
     keep_freed()
     torch.manual_seed(0)
     modules = {
         "unet": module(
-            UNet3D(filters=given.filters, norm=nn.BatchNorm3d), WholeVolume(), Geometry(0, 1)
+            UNet3D(filters=options.filters, norm=nn.BatchNorm3d), WholeVolume(), Geometry(0, 1)
         ),
-        "dnet": module(DNet(filters=given.filters), ExactTiles(geometry(), 2**30), geometry()),
+        "dnet": module(
+            DNet(filters=options.filters), ExactTiles(GEOMETRY, VOXELS_AT_ONCE), GEOMETRY
+        ),
         "dnet, padded by its halo": module(
-            DNet(filters=given.filters), PaddedOnce(geometry(), 2**30), geometry()
+            DNet(filters=options.filters), PaddedOnce(GEOMETRY, VOXELS_AT_ONCE), GEOMETRY
         ),
     }
-    volume = brain(given.shape)
-    seconds = seconds_a_volume(modules, [volume], given.repeats)
-    shape = "x".join(map(str, given.shape))
-    print(f"{shape}, {given.filters} filters, fastest of {given.repeats}")
-    for name, fitted in modules.items():
+    volume = brain(options.shape)
+    seconds = seconds_a_volume(modules, [volume], options.repeats)
+    shape = "x".join(map(str, options.shape))
+    print(f"{shape}, {options.filters} filters, fastest of {options.repeats}")
+    for name, network in modules.items():
         ratio = seconds["unet"][0] / seconds[name][0]
         print(
             f"{name:26} {seconds[name][0]:7.3f} s  {ratio:5.2f} times the U-Net's speed  "
-            f"{peak_mib(fitted, volume):6.0f} MiB"
+            f"{peak_mib(network, volume):6.0f} MiB"
         )
-
-
-def brain(shape: Sequence[int]) -> torch.Tensor:
-    """Noise in the ellipsoid that fills a box (1, X, Y, Z): with air in its corners."""
-    axes = [torch.linspace(-1, 1, side) for side in shape]
-    radius = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0)
-    return torch.randn(1, *shape) * (radius < 1)
-
-
-class PaddedOnce(ExactTiles):
-    """The same logits without knowledge of the constant features around the volume."""
-
-    def __call__(self, image: torch.Tensor, network: DNet) -> torch.Tensor:
-        halo, stride = self.geometry
-        far = [-side % stride for side in image.shape[2:]]
-        padding = [end for more in reversed(far) for end in (halo, halo + more)]
-        return network.segment(nn.functional.pad(image, padding))
 
 
 if __name__ == "__main__":

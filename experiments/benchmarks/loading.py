@@ -1,11 +1,10 @@
 """CPU time of a training patch: our queue against a plain TorchIO queue on .nii.gz files.
 
-    python -m experiments.benchmarks.loading
-
-Both serve patches of 80³ voxels and four modalities, half of them at a lesion, scaled by 0.9-1.1
-and flipped, from the same phantoms at 1 mm, in one process with one thread. The plain queue reads
-the files anew and augments whole volumes (`ZNormalization`, `RandomAffine`, `RandomFlip`), as in
-TorchIO's documentation. Ours reads a cache, the cost of which is given too, since it is paid once.
+Both serve patches of 80³ voxels and four modalities, half of them with a lesion, scaled by 0.9 to
+1.1 and flipped, from the same phantoms at 1 mm, in one process with one thread. The plain queue
+reads the files each time and augments whole volumes (`ZNormalization`, `RandomAffine`,
+`RandomFlip`), as TorchIO's documentation does. Our queue reads a cache; the time to build it, which
+is spent once, is printed too.
 """
 
 import argparse
@@ -15,6 +14,10 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datamodules.cases import DataSet
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
@@ -26,16 +29,35 @@ PATCHES_PER_VOLUME = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=4, help="phantoms, default: %(default)s")
-    parser.add_argument("--patches", type=int, default=2101, help="of ours, default: %(default)s")
-    parser.add_argument("--data", type=Path, help="keep the phantoms here")
-    given = parser.parse_args()
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.loading",
+        description=(__doc__ or "").partition("\n")[0],
+    )
+    parser.add_argument(
+        "--cases", type=int, default=4, help="number of phantoms; default: %(default)s"
+    )
+    parser.add_argument(
+        "--patches", type=int, default=2101, help="patches of our queue; default: %(default)s"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder for the phantoms; default: one that is deleted"
+    )
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        compare(given.data or Path(folder) / "phantoms", Path(folder), given.cases, given.patches)
+        compare(
+            options.data or Path(folder) / "phantoms", Path(folder), options.cases, options.patches
+        )
 
 
 def compare(data: Path, cache: Path, cases: int, patches: int) -> None:
+    """Time both queues, and print what a patch costs in each.
+
+    Args:
+        data: Folder of the phantoms, made where missing.
+        cache: Folder of the cache.
+        cases: Number of phantoms.
+        patches: Number of patches of our queue.
+    """
     import torch
 
     from datamodules.cache import Cache
@@ -50,7 +72,7 @@ def compare(data: Path, cache: Path, cases: int, patches: int) -> None:
     build_s = (time.process_time() - start) / cases
 
     ours_s = seconds_per_patch(our_patches(cached, data_set, patches), patches)
-    # The plain queue is timed over whole volumes: a queue's first patches wait for the volume.
+    # All patches of every volume count: the first one waits until its volume is read.
     plain_count = cases * PATCHES_PER_VOLUME
     plain_s = seconds_per_patch(plain_patches(data_set.cases()), plain_count)
 
@@ -69,7 +91,7 @@ def seconds_per_patch(patches: Iterator[object], count: int) -> float:
     return (time.process_time() - start) / count
 
 
-def our_patches(cached: list, data_set: object, count: int) -> Iterator[object]:
+def our_patches(cached: list, data_set: "DataSet", count: int) -> Iterator[object]:
     import torchio as tio
     from torch.utils.data import DataLoader
 
@@ -78,7 +100,7 @@ def our_patches(cached: list, data_set: object, count: int) -> Iterator[object]:
 
     sampler = BalancedSampler(PATCH_SIZE, LESION_SHARE, SCALE)
     flip = tio.RandomFlip(axes=(0, 1, 2), flip_probability=0.5, copy=False)
-    queue = PatchQueue(cached, data_set, sampler, flip, count, seed=0)  # pyright: ignore
+    queue = PatchQueue(cached, data_set, sampler, flip, count, seed=0)
     yield from DataLoader(queue, sampler=EpochSampler(count, 1))
 
 

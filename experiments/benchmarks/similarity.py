@@ -1,7 +1,8 @@
-"""Local similarity of a scan of 240x240x155 voxels in a ball of 7 mm, and what else it could cost.
+"""Time of the local similarity of a scan of 240x240x155 voxels in a ball of 7 mm.
 
-In turn, in one process: ours; the same sums over a cube by `uniform_filter`, which is another
-support; one loop over the voxels of the brain, timed on some and extrapolated.
+Three ways take turns in one process: our function; the same six sums over cubes instead of balls,
+by scipy's `uniform_filter`; a loop over the voxels of the brain, which is timed on 500 of them and
+extrapolated to all.
 """
 
 import argparse
@@ -10,11 +11,12 @@ import time
 import numpy as np
 
 SHAPE = (240, 240, 155)
-SEMI_AXES = (66, 82, 66)  # of the brain: 1.5 l, in a box as large as a real one
+# The ellipsoid has the volume of a real brain, 1.5 l, and lies in a box of the same size.
+SEMI_AXES = (66, 82, 66)  # voxels
 
 
 def scan(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two smooth images that are alike in parts, and an ellipsoid that stands for the brain."""
+    """Make two smooth images (X, Y, Z) that correlate, and the mask of an ellipsoid as a brain."""
     from scipy.ndimage import gaussian_filter
 
     draw = np.random.default_rng(seed)
@@ -29,7 +31,13 @@ def scan(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def naive(x: np.ndarray, y: np.ndarray, voxels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """r at some voxels, all of whose ball lies inside."""
+    """Compute Pearson's r voxel by voxel.
+
+    Args:
+        x, y: Images (X, Y, Z).
+        voxels: (N, 3), voxels whose ball lies in the brain.
+        offsets: (M, 3), voxels of the ball relative to its centre.
+    """
     r = np.empty(len(voxels))
     for index, voxel in enumerate(voxels):
         near = tuple((voxel + offsets).T)
@@ -45,8 +53,10 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--radius-mm", type=float, default=7.0, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=1, help="threads of the FFT; default: 1")
-    given = parser.parse_args()
+    parser.add_argument(
+        "--workers", type=int, default=1, help="threads of the FFT; default: %(default)s"
+    )
+    options = parser.parse_args()
 
     from scipy.fft import set_workers
     from scipy.ndimage import binary_erosion, uniform_filter
@@ -54,33 +64,33 @@ def main() -> None:
     from datamodules.similarity import ball, local_correlation
 
     x, y, inside = scan(seed=0)
-    neighbourhood = ball(given.radius_mm, (1, 1, 1))
+    neighbourhood = ball(options.radius_mm, (1, 1, 1))
     side = neighbourhood.shape[0]
     offsets = np.argwhere(neighbourhood) - side // 2
     deep = np.argwhere(binary_erosion(inside, iterations=side))
     voxels = deep[np.random.default_rng(0).choice(len(deep), 500, replace=False)]
 
-    with set_workers(given.workers):
-        ways = {
+    with set_workers(options.workers):
+        functions = {
             "ours": lambda: local_correlation(x, y, inside, neighbourhood),
             "six sums over cubes": lambda: [
                 uniform_filter(image, side) for image in (inside * 1.0, x, y, x * x, y * y, x * y)
             ],
             "loop": lambda: naive(x, y, voxels, offsets),
         }
-        wall, cpu = (dict.fromkeys(ways, float("inf")) for _ in range(2))
+        wall, cpu = (dict.fromkeys(functions, float("inf")) for _ in range(2))
         values = {}
-        for _ in range(given.repeats):
-            for name, way in ways.items():
+        for _ in range(options.repeats):
+            for name, function in functions.items():
                 start = time.perf_counter(), time.process_time()
-                values[name] = way()
+                values[name] = function()
                 wall[name] = min(wall[name], time.perf_counter() - start[0])
                 cpu[name] = min(cpu[name], time.process_time() - start[1])
     for times in (wall, cpu):
         times["loop"] *= inside.sum() / len(voxels)
     difference = np.abs(values["ours"][tuple(voxels.T)] - values["loop"]).max()
     print(
-        "; ".join(f"{name} {wall[name]:.1f} s ({cpu[name]:.1f} s of CPU)" for name in ways)
+        "; ".join(f"{name} {wall[name]:.1f} s ({cpu[name]:.1f} s of CPU)" for name in functions)
         + f"; loop / ours {cpu['loop'] / cpu['ours']:.0f}, ours / cubes "
         f"{cpu['ours'] / cpu['six sums over cubes']:.1f}; ours and loop differ by {difference:.0e}"
     )

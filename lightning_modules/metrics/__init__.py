@@ -1,4 +1,4 @@
-"""Metrics over whole volumes, as torchmetrics `Metric` subclasses."""
+"""Scores of whole volumes; `CaseMetrics` is what the scores of every task have in common."""
 
 from lightning_modules.metrics.cases import CaseMetrics
 from lightning_modules.metrics.lesions import LesionMetrics, LesionReport

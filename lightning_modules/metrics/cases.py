@@ -1,4 +1,4 @@
-"""What all metrics of a stage have in common: `update`, `compute`, `rows`, and a threshold."""
+"""The interface of all metrics: they keep a record of every case, and score it at a threshold."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,16 +13,18 @@ from torchmetrics import Metric
 class CaseMetrics(Metric):
     """Scores predicted probabilities against the truth, case by case, at a threshold.
 
-    Cases are told apart by their index in the data set, so that a case that two ranks have both
-    seen counts once. A subclass keeps its state in one dimension: torchmetrics can only then gather
-    it from a rank that has no case.
+    Cases are told apart by their index in the data set, so that a case counts once even if two
+    ranks have seen it. A subclass appends one-dimensional tensors to `records`: torchmetrics cannot
+    gather others from a rank that has seen no case.
 
     Args:
         threshold: Probability above which a voxel is predicted. It is stored in checkpoints, beside
             the weights that it was chosen for.
 
     Attributes:
-        best_is_highest: Scores whose best value, and not the last, belongs in the summary of a run.
+        best_is_highest: Names of the scores whose highest value in validation, instead of the last
+            one, belongs in the summary of a run.
+        records: What has been counted so far, in the subclass's own layout.
     """
 
     full_state_update = False
@@ -30,30 +32,35 @@ class CaseMetrics(Metric):
     records: list[Tensor]
 
     def __init__(self, threshold: float = 0.5) -> None:
-        super().__init__()
+        super().__init__(compute_with_cache=False)  # the threshold may change between two calls
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(threshold))
         self.add_state("records", default=[], dist_reduce_fx="cat")
 
     def update(self, probability: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> None:
-        """Add the cases of a `VolumeBatch`."""
+        """Add the cases of a batch.
+
+        Args:
+            probability: Predictions at full resolution.
+            batch: A `VolumeBatch`, with `mask`, `outside` and `index`.
+        """
         raise NotImplementedError
 
     def compute(self) -> dict[str, float | Tensor]:
-        """Scores over all cases, by name; those that are not defined are left out."""
+        """Return the scores over all cases, by name, without those that are not defined."""
         raise NotImplementedError
 
     def rows(self) -> dict[int, dict[str, float]]:
-        """Scores of every case, by its index in the data set, in order."""
+        """Return the scores of every case by name, by the case's index in rising order."""
         raise NotImplementedError
 
-    def flat_records(self) -> Tensor:
-        """All records so far in one dimension, those of other ranks included while synchronised."""
-        # torchmetrics has made one tensor of the list once it has gathered it from all ranks.
+    def flat_records(self) -> Float[Tensor, " n"]:
+        """Join all records; within `over_all_ranks` they include those of the other ranks."""
+        # After gathering them from all ranks, torchmetrics keeps one tensor instead of a list.
         return torch.cat(self.records) if isinstance(self.records, list) else self.records
 
     @contextmanager
     def over_all_ranks(self) -> Iterator[None]:
-        """Within the block, the records are those of all ranks, as they are within `compute`."""
+        """Gather the records of all ranks for the length of a `with` block, as `compute` does."""
         with self.sync_context(should_sync=not self._is_synced, should_unsync=not self._is_synced):
             yield

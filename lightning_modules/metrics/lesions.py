@@ -1,9 +1,10 @@
-"""Which lesions were found, and what was found that is none, at every threshold.
+"""Lesion-wise detection: sensitivity and false positives a patient, at every threshold.
 
-Lesions are 26-connected components of the truth at full resolution; predicted components are
-26-connected too. A lesion is detected if one of its voxels is; a false positive is a predicted
-component that touches no lesion; false positives are averaged over all patients, the lesion-free
-too (Krivov & Belyaev 2018, section 3, and the design's settled readings).
+Lesions are the 26-connected components of the truth at full resolution; the prediction is cut into
+26-connected components too. A lesion is detected if one of its voxels is predicted. A false
+positive is a predicted component that touches no lesion. False positives are averaged over all
+patients, with those who have no lesion. (Krivov & Belyaev 2018, section 3; connectivity and average
+are our reading of it.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64, Int, Real
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
@@ -21,37 +22,39 @@ from grids import components
 from lightning_modules.metrics.cases import CaseMetrics
 from lightning_modules.networks.geometry import Geometry
 
-# Probabilities at equal steps of the logit, from .018 to .999994. They reach so far up because a
-# network that saw lesions in half of its patches is too sure of lesions in whole volumes.
+# Probabilities from 0.018 to 0.999994, in equal steps of the logit. The highest is so near to 1
+# because a network that was trained with lesions in half of its patches overestimates their
+# probability in whole volumes.
 THRESHOLDS = tuple(float(1 / (1 + np.exp(-logit))) for logit in np.linspace(-4, 12, 49))
 
-# Counts of a case at a threshold.
+# What is counted in a case at a threshold.
 COUNTS = (
-    "detected",  # lesions of which a voxel was predicted
+    "detected",  # lesions that have a predicted voxel
     "false_positives",  # predicted components that touch no lesion
-    "one_to_one",  # lesions detected if a predicted component may count for one lesion only
+    "one_to_one",  # detected lesions if every predicted component counts for one lesion at most
     "merged",  # detected lesions that share a predicted component with another lesion
     "split",  # lesions that two or more predicted components touch
-    "dice",  # sum over the detected lesions of the Dice with all components that touch them
+    "dice",  # sum over the detected lesions of their Dice with all components that touch them
 )
-SIZE_BINS_MM = (0.0, 5.0, 10.0, float("inf"))  # diameters
+SIZE_BINS_MM = (0.0, 5.0, 10.0, float("inf"))  # edges of the bins of diameters
 
 
 class CaseLesions(NamedTuple):
     """The lesions of one case.
 
     Attributes:
-        counts: (T, len(COUNTS)), one row a threshold.
-        lesions: (L, 2): diameter in mm of the ball of equal volume, highest probability inside.
+        counts: `COUNTS` in columns, one row for each of T thresholds.
+        lesions: One row for each of L lesions: diameter in mm of the ball of equal volume, and
+            highest probability inside.
     """
 
-    counts: np.ndarray
-    lesions: np.ndarray
+    counts: Float64[np.ndarray, "t counts"]
+    lesions: Float64[np.ndarray, "l 2"]
 
 
 def match(
-    probability: np.ndarray,
-    truth: np.ndarray,
+    probability: Float[np.ndarray, "x_ y_ z_"],
+    truth: Bool[np.ndarray, "x y z"],
     stride: int = 1,
     spacing_mm: float = 1.0,
     thresholds: Sequence[float] = THRESHOLDS,
@@ -59,20 +62,20 @@ def match(
     """Compare a prediction with the lesions of a case.
 
     A coarse prediction stands for its repetition at full resolution. Both have the same components,
-    which are counted on the coarse grid: that is stride³ times as fast.
+    so they are counted on the coarse grid, which is stride³ times as fast.
 
     Args:
-        probability: (X', Y', Z'), the sides of `truth` over `stride`, rounded up.
-        truth: (X, Y, Z), bool.
+        probability: Its sides are those of `truth` over the stride, rounded up.
+        truth: Lesion mask at full resolution.
         stride: Voxels of `truth` along each side of a voxel of `probability`.
-        spacing_mm: Edge of a voxel of `truth`.
+        spacing_mm: Edge of a voxel of `truth` in mm.
         thresholds: Probabilities above which a voxel is predicted.
     """
     lesion_of, lesions = components(truth)
     voxels = np.argwhere(lesion_of)
     lesion = lesion_of[tuple(voxels.T)] - 1
     box = np.ravel_multi_index(tuple((voxels // stride).T), probability.shape)
-    # Every pair of a lesion and a coarse voxel that overlap, and in how many voxels.
+    # Pairs of a lesion and a coarse voxel that overlap, and the number of voxels that they share.
     pairs, overlap = np.unique(np.stack([lesion, box]), axis=1, return_counts=True)
     lesion, box = pairs
     volume = np.bincount(lesion, overlap, minlength=lesions)
@@ -90,15 +93,25 @@ def match(
 
 
 def _count(
-    probability: np.ndarray,
+    probability: Float[np.ndarray, "x y z"],
     threshold: float,
-    lesion: np.ndarray,
-    box: np.ndarray,
-    overlap: np.ndarray,
-    volume: np.ndarray,
-    box_voxels: np.ndarray,
-) -> np.ndarray:
-    """Compute COUNTS at one threshold, from (lesion, box, overlap in voxels) triples of a case."""
+    lesion: Int[np.ndarray, " pair"],
+    box: Int[np.ndarray, " pair"],
+    overlap: Int[np.ndarray, " pair"],
+    volume: Real[np.ndarray, " l"],
+    box_voxels: Float64[np.ndarray, "x y z"],
+) -> Float64[np.ndarray, " counts"]:
+    """Compute `COUNTS` of a case at one threshold.
+
+    Args:
+        probability: Prediction on the coarse grid.
+        threshold: Probability above which a voxel is predicted.
+        lesion: Lesion of each pair of a lesion and a coarse voxel that overlap.
+        box: Flat index of the coarse voxel of each pair.
+        overlap: Number of voxels at full resolution that each pair shares.
+        volume: Number of voxels of each lesion.
+        box_voxels: Number of voxels at full resolution in each coarse voxel.
+    """
     component_of, predictions = components(probability > threshold)
     component = component_of.ravel()[box]
     hit = component > 0
@@ -107,8 +120,9 @@ def _count(
         (overlap[hit], (lesion[hit], component[hit] - 1)), shape=(len(volume), predictions)
     ).tocsr()
     table.sum_duplicates()
-    touched_by = np.diff(table.indptr)  # components that touch a lesion
-    touches = np.bincount(table.indices, minlength=predictions)  # lesions that a component touches
+    # Number of components that touch each lesion, and of lesions that each component touches.
+    touched_by = np.diff(table.indptr)
+    touches = np.bincount(table.indices, minlength=predictions)
     shares = np.array([(touches[table.indices[a:b]] > 1).any() for a, b in _rows(table.indptr)])
     size = np.bincount(component_of.ravel(), box_voxels.ravel(), minlength=predictions + 1)[1:]
     found = touched_by > 0
@@ -128,12 +142,13 @@ def _count(
     )
 
 
-def _rows(indptr: np.ndarray) -> list[tuple[int, int]]:
+def _rows(indptr: Int[np.ndarray, " n"]) -> list[tuple[int, int]]:
+    """Return where each row of a sparse table starts and ends in its indices."""
     return list(zip(indptr[:-1].tolist(), indptr[1:].tolist(), strict=True))
 
 
-def _box_voxels(truth: np.ndarray, stride: int) -> np.ndarray:
-    """Count the voxels of the volume in each box (X', Y', Z'): fewer at the far ends."""
+def _box_voxels(truth: Bool[np.ndarray, "x y z"], stride: int) -> Float64[np.ndarray, "x_ y_ z_"]:
+    """Count the voxels of the volume in each box of stride³; boxes at the far ends have fewer."""
     sides = [
         np.minimum(stride, side - np.arange(0, side, stride)).astype(np.float64)
         for side in truth.shape
@@ -145,105 +160,110 @@ class LesionReport(NamedTuple):
     """The lesions of all cases at every threshold.
 
     Attributes:
-        thresholds: (T,), rising.
-        cases: (N,), indices of the cases in the data set, rising.
-        counts: (N, T, len(COUNTS)).
-        lesions: (L, 3): index of the case, diameter in mm, highest probability inside.
+        thresholds: The T thresholds, rising.
+        cases: Indices of the N cases in the data set, rising.
+        counts: `COUNTS` of every case at every threshold.
+        lesions: One row for each of L lesions: index of the case, diameter in mm, and highest
+            probability inside.
     """
 
-    thresholds: np.ndarray
-    cases: np.ndarray
-    counts: np.ndarray
-    lesions: np.ndarray
+    thresholds: Float[np.ndarray, " t"]
+    cases: Int[np.ndarray, " n"]
+    counts: Float[np.ndarray, "n t counts"]
+    lesions: Float[np.ndarray, "l 3"]
 
-    def froc(self, found: str = "detected") -> tuple[np.ndarray, np.ndarray]:
-        """Sensitivity (T,), pooled over the lesions, and false positives a patient (T,).
+    def froc(
+        self, found: str = "detected"
+    ) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
+        """Compute the FROC curve: sensitivity and false positives a patient at every threshold.
 
         Args:
-            found: The count that makes the sensitivity: "detected" or "one_to_one".
+            found: Which count over the number of all lesions is the sensitivity: "detected" or
+                "one_to_one".
         """
         total = self.counts.sum(0)
         sensitivity = total[:, COUNTS.index(found)] / max(len(self.lesions), 1)
         return sensitivity, total[:, COUNTS.index("false_positives")] / len(self.cases)
 
     def best_threshold(self, target_fp: float) -> float:
-        """Find the threshold that detects most lesions with at most so many false positives.
+        """Find the threshold that detects most lesions within a limit of false positives.
 
-        A prediction that floods the brain is one component, which touches every lesion and is no
-        false positive: by the rule of the paper nothing would be better. So lesions are counted one
-        to one, and every higher threshold must keep to the target too. If none does, the highest
-        threshold is returned.
+        A prediction that covers all of the brain is one component, which touches every lesion and
+        is no false positive: by the paper's rule no prediction is better. So lesions are counted
+        one to one, and all higher thresholds must keep to the limit too. If even the highest does
+        not, it is returned all the same.
 
         Args:
-            target_fp: False positives a patient.
+            target_fp: The largest number of false positives a patient.
         """
         sensitivity, false_positives = self.froc("one_to_one")
         allowed = np.logical_and.accumulate((false_positives <= target_fp)[::-1])[::-1]
         if not allowed.any():
             return float(self.thresholds[-1])
         best = sensitivity[allowed].max()
-        # Of equal sensitivities, the highest threshold has the fewest false positives.
+        # Among thresholds of equal sensitivity, the highest has the fewest false positives.
         return float(self.thresholds[allowed & (sensitivity == best)][-1])
 
     def nearest(self, threshold: float) -> int:
-        """Index of the nearest of the thresholds."""
+        """Return the position in `thresholds` of the one nearest to a probability."""
         return int(np.abs(self.thresholds - threshold).argmin())
 
     def scores(self, threshold: float) -> dict[str, float]:
-        """All scores at the nearest of the thresholds; NaN if there is nothing to score."""
-        number = self.nearest(threshold)
-        total = dict(zip(COUNTS, self.counts[:, number].sum(0).tolist(), strict=True))
+        """Compute all scores at the nearest of the thresholds; NaN where one is not defined."""
+        position = self.nearest(threshold)
+        total = dict(zip(COUNTS, self.counts[:, position].sum(0).tolist(), strict=True))
         lesions, patients = len(self.lesions), len(self.cases)
-        nothing = float("nan")
+        undefined = float("nan")
         by_patient = [
             row[COUNTS.index("detected")] / count
             for row, count in zip(
-                self.counts[:, number].tolist(), self.lesions_per_case(), strict=True
+                self.counts[:, position].tolist(), self.lesions_per_case(), strict=True
             )
             if count
         ]
         scores = {
-            "sensitivity": total["detected"] / lesions if lesions else nothing,
+            "sensitivity": total["detected"] / lesions if lesions else undefined,
             "false_positives": total["false_positives"] / patients,
-            "sensitivity_one_to_one": total["one_to_one"] / lesions if lesions else nothing,
-            "sensitivity_by_patient": float(np.mean(by_patient)) if by_patient else nothing,
+            "sensitivity_one_to_one": total["one_to_one"] / lesions if lesions else undefined,
+            "sensitivity_by_patient": float(np.mean(by_patient)) if by_patient else undefined,
             "merged": total["merged"],
             "split": total["split"],
-            "lesion_dice": total["dice"] / total["detected"] if total["detected"] else nothing,
+            "lesion_dice": total["dice"] / total["detected"] if total["detected"] else undefined,
         }
         for low, high in pairwise(SIZE_BINS_MM):
             inside = (self.lesions[:, 1] >= low) & (self.lesions[:, 1] < high)
             name = (
                 f"sensitivity_{low:g}mm_up" if np.isinf(high) else f"sensitivity_{low:g}-{high:g}mm"
             )
-            found = self.lesions[inside, 2] > self.thresholds[number]
-            scores[name] = float(found.mean()) if inside.any() else nothing
+            found = self.lesions[inside, 2] > self.thresholds[position]
+            scores[name] = float(found.mean()) if inside.any() else undefined
         return scores
 
     def lesions_per_case(self) -> list[int]:
-        """Number of lesions of each case (N,)."""
+        """Count the lesions of each of the N cases."""
         return [int((self.lesions[:, 0] == index).sum()) for index in self.cases]
 
     def rows(self, threshold: float) -> dict[int, dict[str, float]]:
-        """COUNTS of each case at the nearest of the thresholds, by its index."""
-        number = self.nearest(threshold)
+        """Return `lesions` and `COUNTS` at the nearest of the thresholds, by the case's index."""
+        position = self.nearest(threshold)
         return {
             int(index): {"lesions": count, **dict(zip(COUNTS, counts, strict=True))}
             for index, count, counts in zip(
-                self.cases, self.lesions_per_case(), self.counts[:, number].tolist(), strict=True
+                self.cases, self.lesions_per_case(), self.counts[:, position].tolist(), strict=True
             )
         }
 
 
 class LesionMetrics(CaseMetrics):
-    """Lesions found and false positives, at every threshold.
+    """Counts detected lesions and false positives, at every threshold.
 
     Args:
-        geometry: Halo and stride of the network. Probabilities come at full resolution; those of a
-            network of stride s are constant in boxes of s³ voxels.
-        spacing_mm: Edge of a voxel.
+        geometry: Halo and stride of the network. The probabilities have full resolution; those of a
+            network of stride s are constant in boxes of s³ voxels, and are counted as one each.
+        spacing_mm: Edge of a voxel in mm.
         thresholds: Probabilities at which lesions are counted, rising.
-        threshold: The one that scores and rows are of, until another is chosen.
+        threshold: The operating point: `compute` and `rows` report the scores at the nearest of the
+            thresholds.
     """
 
     best_is_highest = ("sensitivity", "sensitivity_one_to_one", "sensitivity_by_patient")
@@ -267,13 +287,13 @@ class LesionMetrics(CaseMetrics):
         for values, truth, place in zip(coarse, batch["mask"][:, 0], index.tolist(), strict=True):
             case = match(values, truth.cpu().numpy(), stride, self.spacing_mm, self.thresholds)
             record = [[place, len(case.lesions)], case.counts.ravel(), case.lesions.ravel()]
-            # float32 is what every device has, and exact for what is counted here.
+            # Every device has float32, which is exact for these counts.
             self.records.append(
                 torch.tensor(np.concatenate(record), dtype=torch.float32, device=index.device)
             )
 
     def report(self) -> LesionReport:
-        """The lesions of all cases, by index, at every threshold."""
+        """Return the lesions of the cases of all ranks at every threshold."""
         with self.over_all_ranks():
             rest = self.flat_records().cpu().numpy()
         shape = (len(self.thresholds), len(COUNTS))
@@ -294,15 +314,15 @@ class LesionMetrics(CaseMetrics):
         )
 
     def compute(self) -> dict[str, float | Tensor]:
-        """All scores at the threshold, and the threshold.
+        """Return all scores at the threshold, and `threshold`.
 
-        A score that is not defined, without lesions or without detections, is left out: Lightning's
-        checkpoints and sweeps cannot rank NaN.
+        A score that is not defined, because there is no lesion or no detection, is left out:
+        Lightning's checkpoints and sweeps cannot rank NaN.
         """
         threshold = float(self.threshold)
         scores = {**self.report().scores(threshold), "threshold": threshold}
         return {name: value for name, value in scores.items() if not np.isnan(value)}
 
     def rows(self) -> dict[int, dict[str, float]]:
-        """COUNTS of every case at the threshold, by its index in the data set."""
+        """Return `lesions` and `COUNTS` of every case, by its index in the data set."""
         return self.report().rows(float(self.threshold))

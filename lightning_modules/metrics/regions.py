@@ -1,8 +1,7 @@
-"""Overlap and distance of regions, case by case.
+"""Region-wise overlap and surface distance of each case.
 
-Published numbers differ by how a distance is defined and by what an empty mask scores more than by
-the networks behind them: so there are two columns for HD95, and the rules for empty masks have
-names.
+Published scores differ more by the definition of HD95 and by the score of an empty mask than by the
+network. So HD95 has two columns, one for each definition, and the rules for empty masks have names.
 """
 
 import math
@@ -17,18 +16,18 @@ from torch import Tensor
 from lightning_modules.metrics.cases import CaseMetrics
 from lightning_modules.metrics.hausdorff import hausdorff95
 
-# Scores of an evaluation, on the grid that a case is stored on.
+# Scores of a region in an evaluation, on the grid that the case is stored on.
 SCORES = ("dice", "sensitivity", "specificity", "hd95_mm", "hd95_pooled_mm")
 
 
 class Convention(NamedTuple):
-    """Scores of empty masks.
+    """Rules for the scores of empty masks.
 
     Attributes:
         agreed: Dice and sensitivity if truth and prediction are empty.
-        agreed_mm: HD95 if both are empty.
+        agreed_mm: HD95 if truth and prediction are empty.
         false_alarm: Sensitivity if only the truth is empty.
-        missing_mm: HD95 if one of them is empty, from the extents of the grid in mm.
+        missing_mm: HD95 if one of them is empty, computed from the extents of the grid in mm.
     """
 
     agreed: float
@@ -41,7 +40,7 @@ CONVENTIONS = {
     # The diagonal of the BraTS grid is 373.13 mm.
     "brats2020": Convention(1.0, 0.0, 0.0, missing_mm=lambda extent_mm: math.hypot(*extent_mm)),
     "brats2023": Convention(1.0, 0.0, 0.0, missing_mm=lambda extent_mm: 374.0),
-    # Means leave these cases out; the number of cases stands beside them.
+    # Means leave out NaN; tables give the number of cases beside them.
     "nan": Convention(math.nan, math.nan, math.nan, missing_mm=lambda extent_mm: math.nan),
 }
 
@@ -51,12 +50,12 @@ def dice(
     truth: Bool[Tensor, "b r x y z"],
     outside: Int[Tensor, "b r"],
 ) -> Float64[Tensor, "b r"]:
-    """Dice of each region of each case; 1 if truth and prediction are empty (`brats2020`).
+    """Compute Dice of each region of each case; 1 if truth and prediction are empty (`brats2020`).
 
     Args:
         prediction: Predicted masks.
         truth: True masks.
-        outside: Number of true voxels that lie outside the volume; they count as missed.
+        outside: Number of true voxels outside the volume, which count as missed.
     """
     sums = (2, 3, 4)
     overlap = (prediction & truth).sum(sums).double()
@@ -65,19 +64,19 @@ def dice(
 
 
 def region_scores(
-    prediction: np.ndarray,
-    truth: np.ndarray,
+    prediction: Bool[np.ndarray, "x y z"],
+    truth: Bool[np.ndarray, "x y z"],
     spacing_mm: Sequence[float] = (1, 1, 1),
     convention: str = "brats2020",
 ) -> dict[str, float]:
     """Compute `SCORES` of one region of one case.
 
-    Specificity depends on how much background there is, so masks must cover whole scans, not crops.
+    Specificity depends on the amount of background, so masks must cover whole scans, not crops.
 
     Args:
-        prediction: (X, Y, Z), bool.
-        truth: (X, Y, Z), bool.
-        spacing_mm: Edges of a voxel.
+        prediction: Predicted mask.
+        truth: True mask.
+        spacing_mm: Edges of a voxel along X, Y and Z.
         convention: Name of the rules for empty masks, one of `CONVENTIONS`.
     """
     empty = CONVENTIONS[convention]
@@ -103,8 +102,8 @@ def region_scores(
 
 
 def case_scores(
-    prediction: np.ndarray,
-    truth: np.ndarray,
+    prediction: Bool[np.ndarray, "r x y z"],
+    truth: Bool[np.ndarray, "r x y z"],
     regions: Sequence[str],
     spacing_mm: Sequence[float] = (1, 1, 1),
     convention: str = "brats2020",
@@ -112,15 +111,15 @@ def case_scores(
     """Compute the row of a case in an evaluation, on the uncropped grid that it is stored on.
 
     Args:
-        prediction: (R, X, Y, Z), bool.
-        truth: (R, X, Y, Z), bool.
+        prediction: Predicted masks.
+        truth: True masks.
         regions: Names of the first axis.
-        spacing_mm: Edges of a voxel.
+        spacing_mm: Edges of a voxel along X, Y and Z.
         convention: Name of the rules for empty masks, one of `CONVENTIONS`.
 
     Returns:
         `<score>_<region>` for all of `SCORES`, and `voxels_<region>` and `true_voxels_<region>`,
-        which tell whether a mask was empty.
+        the volumes of both masks, which tell whether one was empty.
     """
     row: dict[str, float] = {}
     for region, found, true in zip(regions, prediction, truth, strict=True):
@@ -131,7 +130,7 @@ def case_scores(
 
 
 class RegionMetrics(CaseMetrics):
-    """Dice of every region: quick, on the volumes that the network sees.
+    """Computes Dice of every region during training, on the volumes that the network sees.
 
     Args:
         regions: Names of the output channels, in order.
@@ -145,7 +144,7 @@ class RegionMetrics(CaseMetrics):
 
     def update(self, probability: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> None:
         scores = dice(probability > self.threshold, batch["mask"], batch["outside"])
-        # float32 is what every device has, and exact for an index below 2**24.
+        # Every device has float32, which is exact for an index below 2**24.
         rows = torch.cat([batch["index"][:, None].float(), scores.float()], dim=1)
         self.records.append(rows.flatten())
 
@@ -158,7 +157,7 @@ class RegionMetrics(CaseMetrics):
         }
 
     def compute(self) -> dict[str, float | Tensor]:
-        """`dice_<region>` and their mean `dice`, each the mean over the cases."""
+        """Return `dice_<region>`, each the mean over the cases, and the mean of these, `dice`."""
         table = torch.tensor([list(row.values()) for row in self.rows().values()])
         by_region = table.nanmean(0)
         return {**dict(zip(self.names, by_region, strict=True)), "dice": by_region.mean()}

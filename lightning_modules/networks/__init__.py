@@ -1,1 +1,1 @@
-"""Networks: plain torch. Start with `aeunet.py`; its parts are in `blocks.py`."""
+"""The networks, in plain torch; start with `aeunet.py`, whose parts are in `blocks.py`."""

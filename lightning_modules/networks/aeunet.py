@@ -23,25 +23,25 @@ from lightning_modules.networks.blocks import (
 # Levels beyond the paper's four repeat its deepest one.
 BLOCKS_PER_LEVEL = (1, 2, 2, 4, 4, 4)
 
-# exp(±10) is far outside what a latent needs and far inside what float32 holds; without the bound
-# the variance ran away within a few steps at a learning rate of 1e-3 and ended in NaN.
+# Variances of exp(±10) are far beyond what a latent needs and far within the range of float32.
+# Without the bound, they diverge to NaN within a few steps at a learning rate of 1e-3.
 LOG_VARIANCE_BOUND = 10.0
 
 
 class Latent(NamedTuple):
-    """Gaussian posterior of the bottleneck, float32."""
+    """Gaussian posterior of the bottleneck, in float32."""
 
     mean: Float[Tensor, "b latent"]
     log_variance: Float[Tensor, "b latent"]
 
 
 class AEUNetOutput(NamedTuple):
-    """What training needs; inference needs the logits alone, see `AEUNet.segment`.
+    """The output in training; inference needs the logits alone, from `AEUNet.segment`.
 
     Attributes:
-        logits: One channel a region.
-        reconstruction: The input as the autoencoder decodes it.
-        latent: The posterior that the reconstruction was sampled from.
+        logits: Segmentation, with one channel for each region.
+        reconstruction: The autoencoder's estimate of the input.
+        latent: The posterior from which the reconstruction was sampled.
     """
 
     logits: Float[Tensor, "b r x y z"]
@@ -50,7 +50,7 @@ class AEUNetOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Input convolution, then residual blocks with downsampling between the levels."""
+    """A convolution of the input, then residual blocks with downsampling between the levels."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b c x y z"]) -> list[Tensor]:
-        """Compute the features of every level, fine to coarse."""
+        """Compute the features (B, F, X', Y', Z') of every level, fine to coarse."""
         features = []
         for down, level in zip(self.down, self.levels, strict=True):
             x = level(down(x))
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the coarsest level back to the input's grid; skips are added if there are any."""
+    """Upsampling with one residual block a level, from the coarsest level to the input's grid."""
 
     def __init__(
         self,
@@ -104,7 +104,13 @@ class Decoder(nn.Module):
         sizes: Sequence[torch.Size],
         skips: Sequence[Tensor],
     ) -> Float[Tensor, "b out x y z"]:
-        """Decode `x` over grids of `sizes` (coarse to fine), adding `skips` (as many, or none)."""
+        """Decode features of the coarsest level.
+
+        Args:
+            x: The features.
+            sizes: Sides (X, Y, Z) of the finer levels, coarse to fine.
+            skips: Features to add on the finer levels, coarse to fine; none for the autoencoder.
+        """
         for index, (up, level) in enumerate(zip(self.up, self.levels, strict=True)):
             x = up(x, sizes[index])
             x = level(x + skips[index] if skips else x)
@@ -112,10 +118,18 @@ class Decoder(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The variational bottleneck: features to a Gaussian, and a sample of it back to features.
+    """Variational bottleneck: encodes features as a Gaussian, and decodes a sample of it.
 
-    A strided convolution to 16 channels, a dense layer to means and log-variances, the sample, a
-    dense layer, a 1³ convolution and trilinear upsampling (Myronenko 2018, table 2: VD, VDraw, VU).
+    In order: a strided convolution to 16 channels, a dense layer to means and log-variances, the
+    sample, a dense layer, a 1³ convolution and trilinear upsampling (Myronenko 2018, table 2: VD,
+    VDraw, VU).
+
+    Args:
+        channels: Channels of the features, before and after.
+        size: Sides (X, Y, Z) of the features.
+        bottleneck: Number of means, and of log-variances.
+        norm: Makes the normalisation of so many channels.
+        activation: Makes the nonlinearity.
     """
 
     CHANNELS = 16
@@ -140,11 +154,12 @@ class Bottleneck(nn.Module):
         self.up = Upsample(self.CHANNELS, channels)
 
     def forward(self, x: Float[Tensor, "b f x y z"]) -> tuple[Float[Tensor, "b f x y z"], Latent]:
+        """Return the features decoded from a sample, and the posterior of the sample."""
         reduced = self.reduce(x)
         # Exponentials and their sums overflow in half precision.
         with torch.autocast(x.device.type, enabled=False):
             mean, log_variance = self.posterior(reduced.float()).chunk(2, dim=1)
-            # Smooth, so that a variance at the bound still has a gradient that leads back.
+            # A smooth bound, so that a variance near it still has a gradient.
             log_variance = LOG_VARIANCE_BOUND * torch.tanh(log_variance / LOG_VARIANCE_BOUND)
             sample = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
             expanded = self.activation(self.expand(sample))
@@ -153,18 +168,18 @@ class Bottleneck(nn.Module):
 
 
 class AEUNet(nn.Module):
-    """U-Net whose encoder also has to reconstruct its input (section 2.1, figure 1).
+    """U-Net with an autoencoder branch, which reconstructs the input (section 2.1, figure 1).
 
     The encoder has 1, 2, 2 and 4 residual blocks a level. The segmentation decoder adds skips and
     ends in logits of every region. The autoencoder branch has its own decoder, without skips, which
-    starts from a variational bottleneck. Training uses the branch, by `forward`; `segment` leaves
-    it out.
+    starts from a variational bottleneck. `forward` runs both, for training; `segment` leaves the
+    branch out.
 
     Args:
-        in_channels: Modalities (and further inputs) stacked as channels.
+        in_channels: Number of modalities and further inputs, stacked as channels.
         out_channels: Number of regions; they may overlap, so each has its own sigmoid.
-        patch_size: Side of the training patches in voxels, one number or three. Fixes the dense
-            layers of the bottleneck; `segment` takes any size that the depth divides.
+        patch_size: Sides of the training patches in voxels, one number or three. It fixes the dense
+            layers of the bottleneck; `segment` takes any sides that `divisor` divides.
         filters: Filters of the finest level.
         ratio: Filters of a level over those of the next finer one; need not be an integer.
         depth: Number of levels, one more than downsampling steps.
@@ -174,7 +189,8 @@ class AEUNet(nn.Module):
         downsampling: Makes the step from one level to the next coarser one.
 
     Raises:
-        ValueError: The patch size is no multiple of 2^(depth - 1), or the depth is out of range.
+        ValueError: The depth is out of range, or a side of the patches is no multiple of
+            2^(depth - 1).
     """
 
     def __init__(
@@ -208,7 +224,7 @@ class AEUNet(nn.Module):
         self.autoencoder = Decoder(self.widths, in_channels, norm, activation)
 
     def forward(self, x: Float[Tensor, "b c x y z"]) -> AEUNetOutput:
-        """Segment and reconstruct a batch of training patches."""
+        """Segment and reconstruct training patches of the size `patch_size`."""
         *skips, coarsest = self.encoder(x)
         skips.reverse()
         sizes = [skip.shape[2:] for skip in skips]
@@ -220,7 +236,7 @@ class AEUNet(nn.Module):
         )
 
     def segment(self, x: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
-        """Compute the logits alone, without the autoencoder, for sides that `divisor` divides."""
+        """Compute the logits of images whose sides `divisor` divides, without the autoencoder."""
         *skips, coarsest = self.encoder(x)
         skips.reverse()
         return self.decoder(coarsest, [skip.shape[2:] for skip in skips], skips)

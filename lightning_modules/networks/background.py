@@ -1,9 +1,9 @@
-"""Features of valid convolutions where they can differ from those of an empty background.
+"""Valid convolutions that leave out the empty background.
 
-Around a brain all voxels are zero, so that away from it all features are constant, at every level.
-Only voxels whose features can differ from that constant are computed: the halo as far as the brain
-reaches into it, and in every slab across x the rectangle that the brain reaches. Half of the box
-around a brain is air, and a box with all of its halo has twice the voxels of the box.
+All voxels around a brain are zero, so that at some distance from it the features of every level are
+constant. Only features that can differ from the constant are computed: of the halo, the part that
+sees the brain, and of every slab across x, the rectangle that sees the brain. Half of the box
+around a brain is air, and the halo doubles the number of voxels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,16 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-SLAB_VOXELS = 6  # along x, computed at once on a CPU: what its cache holds
-NOWHERE = 2**30
+SLAB_VOXELS = 6  # thickness along x of a slab on a CPU; its features should fit into the cache
+NOWHERE = 2**30  # `low` of an empty slice; its `high` is the negative
 
 
 class Extents(NamedTuple):
-    """The rectangle of every slice across x in which features can differ from the background.
+    """The rectangle in every slice across x where features can differ from the background.
 
     Attributes:
-        low: (X, 2), first voxel along y and z; beyond `high` where the whole slice is background.
-        high: (X, 2), the voxel after the last.
+        low: First voxel along y and z; beyond `high` if the whole slice is background.
+        high: Voxel after the last along y and z.
     """
 
     low: Int[Tensor, "x 2"]
@@ -30,7 +30,7 @@ class Extents(NamedTuple):
 
     @classmethod
     def of_volume(cls, volume: Float[Tensor, "b c x y z"]) -> "Extents":
-        """Enclose all voxels that are not 0, in any channel of any case."""
+        """Enclose all voxels that are not 0 in some channel of some case."""
         occupied = (volume != 0).any(dim=1).any(dim=0)
         ends = []
         for profile in (occupied.any(dim=2), occupied.any(dim=1)):  # (X, Y), (X, Z)
@@ -41,7 +41,7 @@ class Extents(NamedTuple):
         return cls(low, high)
 
     def padded(self, width: int) -> "Extents":
-        """The same rectangles in a volume with `width` more voxels on each side."""
+        """Return the rectangles in a volume that has `width` more voxels on each side."""
         margins = (0, 0, width, width)
         return Extents(
             nn.functional.pad(self.low + width, margins, value=NOWHERE),
@@ -49,18 +49,27 @@ class Extents(NamedTuple):
         )
 
     def convolved(self, lost: int) -> "Extents":
-        """The rectangles after valid convolutions that lose `lost` voxels on each side."""
+        """Return the rectangles after valid convolutions that lose `lost` voxels on each side."""
         reach = 2 * lost
         low = self.low.unfold(0, reach + 1, 1).amin(-1) - reach
         return Extents(low, self.high.unfold(0, reach + 1, 1).amax(-1))
 
     def pooled(self) -> "Extents":
-        """The rectangles after pooling by 2."""
+        """Return the rectangles after pooling by 2."""
         low = self.low.unfold(0, 2, 2).amin(-1).div(2, rounding_mode="floor")
         return Extents(low, -self.high.unfold(0, 2, 2).amax(-1).neg().div(2, rounding_mode="floor"))
 
     def rectangle(self, start: int, stop: int, sides: Sequence[int]) -> list[slice]:
-        """Enclose the rectangles of slices `start` to `stop`, within sides (Y, Z)."""
+        """Enclose the rectangles of the slices `start` to `stop` - 1.
+
+        Args:
+            start: First slice.
+            stop: Slice after the last.
+            sides: Sides (Y, Z) of the volume, to which the result is cut.
+
+        Returns:
+            Slices along y and z; one of them is empty if all is background.
+        """
         low = self.low[start:stop].amin(0).tolist()
         high = self.high[start:stop].amax(0).tolist()
         return [
@@ -72,19 +81,19 @@ class Extents(NamedTuple):
 def features_against_background(
     levels: Iterable[nn.Module], x: Float[Tensor, "b c x y z"], halo: int, lost_per_block: int
 ) -> Float[Tensor, "b f x_ y_ z_"]:
-    """Compute the coarsest features of a volume that lies in zeros without end.
+    """Compute the coarsest features of a volume that is surrounded by zeros.
 
     Args:
-        levels: Sequences of blocks of valid convolutions, fine to coarse; the first module of every
-            level but the first pools by 2.
+        levels: Levels of the contracting path, fine to coarse. Each is an `nn.Sequential` of blocks
+            of valid convolutions; before the blocks, all levels but the first pool by 2.
         x: The volume; its sides are multiples of the whole path's stride.
-        halo: Voxels of the finest level that the path sees beyond what it predicts.
-        lost_per_block: Voxels of its own level that a block loses on each side.
+        halo: Halo of the whole path, in voxels of the volume.
+        lost_per_block: Voxels that a block loses on each side, on its own level.
     """
     extents = Extents.of_volume(x)
     background = x.new_zeros(1, x.shape[1], 1, 1, 1)
-    ring = 0  # voxels of this level that x covers beyond the volume, on each side
-    needed = halo  # voxels that it must cover for all later convolutions to be valid
+    ring = 0  # voxels of the current level that x covers beyond the volume, on each side
+    needed = halo  # voxels that all later convolutions need beyond the volume, on each side
     for depth, level in enumerate(levels):
         assert isinstance(level, nn.Sequential)
         blocks = list(level)
@@ -94,7 +103,8 @@ def features_against_background(
         lost = lost_per_block * len(blocks)
         needed -= lost
         differs = ring + lost  # how far beyond the volume the output can differ from the constant
-        kept = min(needed, differs + differs % 2)  # even, so that pooling starts at the volume
+        # Even, so that no voxel of the next level straddles the edge of the volume.
+        kept = min(needed, differs + differs % 2)
         width = kept + lost - ring
         x, extents = _surrounded(x, background, width), extents.padded(width)
         for block in blocks:
@@ -112,10 +122,17 @@ def _in_slabs(
     extents: Extents,
     lost: int,
 ) -> Float[Tensor, "b f x_ y_ z_"]:
-    """Run a block where its output can differ from its output on the background.
+    """Run a block where its output can differ from the background's, slab by slab along x.
 
-    Two slabs at a time, because for batches of one PyTorch leaves oneDNN where slabs are thin. A
-    GPU does not gain from thin slabs, and takes two halves.
+    Two slabs are computed at a time, because PyTorch does not use oneDNN for batches of one thin
+    slab. A GPU gains nothing from thin slabs, and computes two halves.
+
+    Args:
+        block: Block of valid convolutions.
+        x: Its input.
+        background: Its output on the background.
+        extents: Where its output can differ from that.
+        lost: Voxels that it loses on each side.
     """
     reach = 2 * lost
     sides = [side - reach for side in x.shape[2:]]
@@ -138,7 +155,7 @@ def _in_slabs(
 def _surrounded(
     x: Float[Tensor, "b c x y z"], background: Float[Tensor, "1 c 1 1 1"], width: int
 ) -> Float[Tensor, "b c x_ y_ z_"]:
-    """Put `width` voxels of the background on each side of x."""
+    """Put `width` voxels of the background on each side of a volume."""
     sides = [side + 2 * width for side in x.shape[2:]]
     larger = _filled(background, (*x.shape[:2], *sides), x)
     larger[(..., *(slice(width, width + side) for side in x.shape[2:]))] = x
@@ -146,9 +163,11 @@ def _surrounded(
 
 
 def _filled(
-    background: Float[Tensor, "1 c 1 1 1"], shape: Sequence[int], like: Tensor
+    background: Float[Tensor, "1 c 1 1 1"],
+    shape: Sequence[int],
+    like: Float[Tensor, "b c_ x_ y_ z_"],
 ) -> Float[Tensor, "b c x y z"]:
-    """Make a volume of this shape out of the background, in the memory layout of `like`."""
+    """Make a background volume of a shape (B, C, X, Y, Z), in the memory layout of `like`."""
     last = like.is_contiguous(memory_format=torch.channels_last_3d)
     layout = torch.channels_last_3d if last else torch.contiguous_format
     volume = torch.empty(

@@ -1,7 +1,7 @@
-"""The parts that networks are built of, and the choices that sweeps make between them.
+"""Building blocks of the networks.
 
-A choice is a constructor: `norm(channels)`, `activation()`, `downsampling(in_channels,
-out_channels)`. Networks call it and never ask which one it is.
+Blocks that can be exchanged are passed as constructors: `norm(channels)`, `activation()` and
+`downsampling(in_channels, out_channels)`.
 """
 
 import math
@@ -18,20 +18,20 @@ MakeDownsampling = Callable[[int, int], nn.Module]
 
 
 class Segmentation(NamedTuple):
-    """What training needs from a network that only segments.
+    """The output in training of a network that has no other output.
 
     Attributes:
-        logits: (B, R, X', Y', Z'), one channel a region, on the network's own grid.
+        logits: Segmentation on the network's own grid, with one channel for each region.
     """
 
     logits: Float[Tensor, "b r x y z"]
 
 
 def widths(base: int, ratio: float, depth: int) -> list[int]:
-    """Filters of each level, `base * ratio**level` rounded to a multiple of 8.
+    """Compute the filters of each level: `base * ratio**level`, rounded to a multiple of 8.
 
-    Group norm with 8 groups needs multiples of 8. All norms get the same widths, so that a sweep
-    over `ratio` changes nothing but the ratio.
+    Group norm with 8 groups needs multiples of 8. Networks with other norms have the same widths,
+    so that norms are compared at equal size.
 
     >>> widths(8, 1.5, 4)
     [8, 16, 16, 24]
@@ -40,14 +40,14 @@ def widths(base: int, ratio: float, depth: int) -> list[int]:
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` that is called like every other norm: with the channels alone.
+    """`nn.GroupNorm` that, like other norms, needs the number of channels only.
 
     Args:
-        channels: A multiple of 8.
+        channels: Number of channels, a multiple of 8.
         groups: The largest number of groups.
-        least_channels: The smallest number of channels in a group. The paper's 32 filters have 4 in
-            each of 8 groups; 8 groups of a proxy's 8 filters would be instance norm, which removes
-            the brightness of a patch.
+        least_channels: The smallest number of channels in a group. The paper has 8 groups of 4
+            channels on its finest level; 8 groups of the proxy's 8 channels would be instance norm,
+            which removes the brightness of a patch.
     """
 
     def __init__(self, channels: int, groups: int = 8, least_channels: int = 4) -> None:
@@ -55,24 +55,29 @@ class GroupNorm(nn.GroupNorm):
 
 
 class StridedConv(nn.Conv3d):
-    """Downsampling by a 3³ convolution of stride 2 (the choice of Frey & Nau 2019)."""
+    """Downsampling by a 3³ convolution of stride 2, as in Frey & Nau 2019."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
 
 
 class PooledConv(nn.Sequential):
-    """Downsampling by pooling, then a 3³ convolution on the coarse grid.
+    """Downsampling by pooling, and a 3³ convolution on the coarse grid.
 
-    It has as many parameters and operations as `StridedConv`, so that a sweep compares ways to
-    downsample and not budgets.
+    It has as many parameters and convolves as many voxels as `StridedConv`, so that ways of
+    downsampling are compared at equal cost.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        pool: Class of the pooling: `nn.MaxPool3d` or `nn.AvgPool3d`.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, pool: Callable[..., nn.Module] = nn.MaxPool3d
     ) -> None:
         super().__init__(
-            # Half of an odd size is rounded up, as by the strided convolution.
+            # Half of an odd side is rounded up, as by the strided convolution.
             pool(2, ceil_mode=True),
             nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False),
         )
@@ -87,8 +92,8 @@ class ResidualBlock(nn.Module):
         norm: Makes the normalisation of so many channels.
         activation: Makes the nonlinearity.
         padding: 1 keeps the size; 0 loses two voxels on each side.
-        on_image: The first block of a network starts with the convolution, because a norm would
-            remove the brightness of the image.
+        on_image: Whether the input is the image itself. Then the block starts with the convolution,
+            because a norm would remove the image's brightness.
     """
 
     def __init__(
@@ -111,7 +116,7 @@ class ResidualBlock(nn.Module):
         )
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
-        self.lost = 2 * (1 - padding)  # voxels on each side
+        self.lost = 2 * (1 - padding)  # voxels, on each side
 
     def forward(self, x: Float[Tensor, "b i x y z"]) -> Float[Tensor, "b o x_ y_ z_"]:
         kept = (..., *(slice(self.lost, size - self.lost) for size in x.shape[2:]))
@@ -128,15 +133,15 @@ class Upsample(nn.Module):
     def forward(
         self, x: Float[Tensor, "b i x y z"], size: tuple[int, ...]
     ) -> Float[Tensor, "b o x_ y_ z_"]:
-        """Resample to the sides `size` (X', Y', Z')."""
+        """Upsample to the sides `size` (X', Y', Z')."""
         return F.interpolate(self.conv(x), size, mode="trilinear", align_corners=False)
 
 
 class Logits(nn.Conv3d):
     """1³ convolution to logits that start near a prior probability (Lin et al. 2017, section 3.3).
 
-    Where one voxel in a thousand is lesion, the first hundred steps would otherwise go into
-    learning how rare lesions are.
+    If one voxel in a thousand is lesion, the network would otherwise spend the first hundred steps
+    on learning how rare lesions are.
 
     Args:
         in_channels: Channels of the features.

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from lightning_modules.networks.blocks import MakeActivation, MakeNorm, ResidualBlock
 
-# Residual blocks of each level, fine to coarse, with two 3³ convolutions each. D-Net's 68³ input
-# and 4³ output fix the first three levels: 2 + 2 * 4 + 4 * 4 = 26 voxels of halo.
+# Residual blocks of each level, fine to coarse, with two 3³ convolutions each. The first three are
+# fixed by D-Net's input of 68³ and output of 4³: a halo of 2 + 2 * 4 + 4 * 4 = 26 voxels.
 BLOCKS_PER_LEVEL = (1, 2, 2, 2, 2)
 
 
@@ -20,7 +20,7 @@ class ContractingPath(nn.Module):
         filters: Filters of each level, fine to coarse.
         norm: Makes the normalisation of so many channels.
         activation: Makes the nonlinearity.
-        padding: 1 keeps the size within a level, 0 loses a voxel on each side of each convolution.
+        padding: 1 keeps the size within a level; 0 loses a voxel on each side in each convolution.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ContractingPath(nn.Module):
         self.levels = nn.ModuleList(levels)
 
     def forward(self, x: Float[Tensor, "b c x y z"]) -> list[Tensor]:
-        """Compute the features of every level, fine to coarse."""
+        """Compute the features (B, F, X', Y', Z') of every level, fine to coarse."""
         features = []
         for level in self.levels:
             x = level(x)

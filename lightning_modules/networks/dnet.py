@@ -17,21 +17,21 @@ from lightning_modules.networks.contracting import BLOCKS_PER_LEVEL, Contracting
 from lightning_modules.networks.geometry import valid_geometry
 
 LEVELS = 3
-LOST_PER_BLOCK = 2  # voxels on each side: one by each of its two 3³ convolutions
+LOST_PER_BLOCK = 2  # voxels on each side: one for each of its two 3³ convolutions
 GEOMETRY = valid_geometry(BLOCKS_PER_LEVEL[:LEVELS], LOST_PER_BLOCK)
 
 
 class DNet(nn.Module):
     """The first three levels of `UNet3D`'s contracting path, without padding.
 
-    It predicts which boxes of 4³ voxels have a lesion: from 68³ voxels the 4³ boxes of the central
-    16³. Every output depends on 56³ voxels and on nothing else.
+    It predicts which boxes of 4³ voxels contain lesion. From a patch of 68³ voxels it predicts the
+    4³ boxes of the central 16³ voxels; every box depends on 56³ voxels.
 
     Args:
-        in_channels: Modalities stacked as channels.
+        in_channels: Number of modalities, stacked as channels.
         out_channels: Number of regions, each with its own sigmoid.
-        patch_size: Side of the training patches in voxels, one number or three. It changes nothing
-            in the network, which takes all sizes that fill whole boxes.
+        patch_size: Sides of the training patches in voxels, one number or three. The network does
+            not depend on it; it is only checked.
         filters: Filters of the finest level.
         ratio: Filters of a level over those of the next finer one.
         norm: Makes the normalisation of so many channels.
@@ -39,8 +39,8 @@ class DNet(nn.Module):
         prior: Probability that the untrained network gives to every box, because lesions are rare.
 
     Raises:
-        ValueError: Patches that do not fill whole boxes; a norm that looks at the whole image, as
-            group and instance norm do.
+        ValueError: The patches do not fill whole boxes, or the norm uses statistics of the whole
+            image in inference, as group and instance norm do.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DNet(nn.Module):
             )
 
     def forward(self, x: Float[Tensor, "b c x y z"]) -> Segmentation:
-        """Detect in patches whose sides are twice the halo plus a multiple of the stride."""
+        """Segment patches whose sides are twice the halo plus a multiple of the stride."""
         return Segmentation(self.segment(x))
 
     def segment(self, x: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x_ y_ z_"]:
@@ -77,15 +77,15 @@ class DNet(nn.Module):
         return self.head(self.down(x)[-1])
 
     def segment_volume(self, x: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x_ y_ z_"]:
-        """Compute the logits of all boxes of a volume that lies in zeros without end.
+        """Compute the logits of all boxes of a volume that is surrounded by zeros.
 
-        The values are those of `segment` on the volume with enough zeros around it, at less cost.
+        The values are those of `segment` on the volume with a halo of zeros, at less cost.
 
         Args:
-            x: Sides that the stride divides.
+            x: The volume, whose sides the stride divides.
 
         Returns:
-            (B, R, X / stride, Y / stride, Z / stride).
+            Logits (B, R, X / stride, Y / stride, Z / stride).
         """
         return self.head(
             features_against_background(self.down.levels, x, GEOMETRY.halo, LOST_PER_BLOCK)

@@ -1,17 +1,17 @@
-"""Where the output of a network lies on its input: what losses, inference and metrics must know."""
+"""The geometry of a network: where its output lies on its input."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Geometry(NamedTuple):
-    """Halo and stride of a network of valid convolutions; 0 and 1 for a network that pads.
+    """Halo and stride of a network; they are 0 and 1 for a U-Net with padded convolutions.
 
-    Output voxel j covers the input voxels halo + stride * j, ..., halo + stride * (j + 1) - 1 along
-    each axis.
+    Along each axis, output voxel j covers the input voxels from halo + stride * j to
+    halo + stride * (j + 1) - 1.
 
     Attributes:
-        halo: Input voxels on each side that the network sees and does not predict.
+        halo: Input voxels on each side that the network sees, but does not predict.
         stride: Input voxels along each side of an output voxel.
     """
 
@@ -19,7 +19,7 @@ class Geometry(NamedTuple):
     stride: int
 
     def output_side(self, input_side: int) -> int:
-        """Output voxels along an axis of so many input voxels.
+        """Return the number of output voxels along an axis.
 
         Raises:
             ValueError: The input does not fill whole output voxels.
@@ -38,7 +38,7 @@ def valid_geometry(blocks_per_level: Sequence[int], lost_per_block: int) -> Geom
 
     Args:
         blocks_per_level: Number of blocks of each level, fine to coarse.
-        lost_per_block: Voxels of its own level that a block loses on each side.
+        lost_per_block: Voxels that a block loses on each side, on its own level.
     """
     halo = sum(lost_per_block * blocks * 2**level for level, blocks in enumerate(blocks_per_level))
     return Geometry(halo, stride=2 ** (len(blocks_per_level) - 1))

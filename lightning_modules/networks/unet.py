@@ -20,13 +20,13 @@ from lightning_modules.networks.contracting import BLOCKS_PER_LEVEL, Contracting
 
 
 class UNet3D(nn.Module):
-    """U-Net of pre-activation residual blocks, zero padded, five levels (section 2.1).
+    """U-Net of zero-padded, pre-activation residual blocks, on five levels (section 2.1).
 
-    The upward path interpolates (1³ convolution, trilinear), concatenates the skip (Çiçek et al.
-    2016) and runs one residual block a level.
+    On each level, the expanding path upsamples (1³ convolution, trilinear), concatenates the skip
+    (Çiçek et al. 2016) and runs one residual block.
 
     Args:
-        in_channels: Modalities stacked as channels.
+        in_channels: Number of modalities, stacked as channels.
         out_channels: Number of regions, each with its own sigmoid.
         filters: Filters of the finest level.
         ratio: Filters of a level over those of the next finer one.

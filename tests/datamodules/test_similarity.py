@@ -24,7 +24,7 @@ from datamodules.similarity import (
 )
 from datamodules.template import Registration
 from errors import InputError
-from experiments.inputs import report
+from experiments.figure_2 import write_figure
 from experiments.prediction import Predictor
 from lightning_modules import checkpoint
 from tests.conftest import MODALITIES, ROOT, write_brats, write_case
@@ -241,7 +241,7 @@ def test_an_ensemble_has_one_input(
 def test_figure_2_shows_that_the_tumour_is_unlike_a_healthy_brain(
     healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    report(healthy, tmp_path / "figure_2.png", cases=1, radius_mm=9)
+    write_figure(healthy, tmp_path / "figure_2.png", cases=1, radius_mm=9)
     with Image.open(tmp_path / "figure_2.png") as figure:
         assert figure.width > 1000
     header, _, row = capsys.readouterr().out.splitlines()[:3]
@@ -251,4 +251,4 @@ def test_figure_2_shows_that_the_tumour_is_unlike_a_healthy_brain(
     assert tumour < 0.4 < float(values["by the template's plane"])
     assert 4 < float(values["tilt (degrees)"]) < 8  # six were asked for
     with pytest.raises(InputError, match="no case found"):
-        report(tmp_path, tmp_path / "figure_2.png", cases=1, radius_mm=9)
+        write_figure(tmp_path, tmp_path / "figure_2.png", cases=1, radius_mm=9)

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from errors import InputError
 from experiments.run import IDENTITY, NO_EFFECT, RunFolder, finished_runs, identity
@@ -79,34 +81,45 @@ def test_what_has_no_effect_is_part_of_the_configuration():
     """A key that was renamed would silently count again."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("config", ["model=dnet"], return_hydra_config=True)
-    optional = {
+    absent_by_default = {
         "data.cache.workers",
         "trainer.enable_checkpointing",
         "trainer.enable_progress_bar",
     }
-    for dotted in set(NO_EFFECT) - optional:
-        node = config
+    plain: Any = OmegaConf.to_container(config)
+    for dotted in set(NO_EFFECT) - absent_by_default:
+        node = plain
         for key in dotted.split("."):
             assert key in node, dotted
-            node = node[key] if key not in ("callbacks", "logger") or node is config else node
+            node = node[key]
     assert set(identity(config)) == set(IDENTITY)
 
 
-def test_a_run_is_claimed_by_one_process(tmp_path: Path):
+HOLD = """
+import sys
+from pathlib import Path
+from experiments.run import RunFolder
+
+with RunFolder(Path(sys.argv[1])).claimed() as mine:
+    print(mine, flush=True)
+    input()
+"""
+
+
+@pytest.mark.process
+def test_the_claim_of_a_killed_process_ends(tmp_path: Path):
     folder = RunFolder(tmp_path / "run")
-    code = (
-        "import sys; from pathlib import Path; from experiments.run import RunFolder\n"
-        "with RunFolder(Path(sys.argv[1])).claimed() as mine: print(mine)"
-    )
-
-    def other() -> str:
-        command = [sys.executable, "-c", code, str(folder.path)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
+    command = [sys.executable, "-c", HOLD, str(folder.path)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        with folder.claimed() as mine:
+            assert not mine
+        other.kill()
     with folder.claimed() as mine:
         assert mine
-        assert other() == "False"
-    assert other() == "True"
 
 
 def test_finished_runs_of_a_folder(tmp_path: Path):

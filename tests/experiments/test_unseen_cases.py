@@ -8,9 +8,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 import train
+from datamodules.brats import BraTS
+from datamodules.nifti import identify
 from datamodules.phantom import write_phantoms
 from errors import InputError
 from experiments.evaluation import evaluate
@@ -123,7 +126,7 @@ def test_a_checkpoint_without_its_cases_is_refused(
 ):
     content = checkpoint.read(run.best)
     del content[checkpoint.SEEN_KEY]
-    torch_save(content, run.best)
+    torch.save(content, run.best)
     with pytest.raises(InputError, match=r"best\.ckpt: expected a list of the cases"):
         evaluate(
             options_of(
@@ -132,20 +135,11 @@ def test_a_checkpoint_without_its_cases_is_refused(
         )
 
 
-def torch_save(content: dict, path: Path) -> None:
-    import torch
-
-    torch.save(content, path)
-
-
 def test_a_phantom_is_one_patient_at_every_spacing(tmp_path: Path, composed: Compose):
     """Also where its file has another name; a phantom of another seed is another patient."""
     identities = {}
     for name, seed, spacing_mm in (("a", 0, 6), ("b", 0, 8), ("c", 1, 6)):
         write_phantoms(tmp_path / name, 2, spacing_mm=spacing_mm, seed=seed, workers=1)
-        from datamodules.brats import BraTS
-        from datamodules.nifti import identify
-
         for case in BraTS(tmp_path / name).cases():
             moved = shutil.copy(case.images["t1"], tmp_path / f"{name}_{case.name[-1]}.nii.gz")
             identities[f"{name}{case.name[-1]}"] = identify(Path(moved))
@@ -159,9 +153,9 @@ def test_a_phantom_is_one_patient_at_every_spacing(tmp_path: Path, composed: Com
 
     path = tmp_path / "network.ckpt"
     seen = {"train": {identity: "phantom_0000" for identity in identities["a0"]}, "validation": {}}
-    torch_save({"config": {}, checkpoint.SEEN_KEY: seen}, path)
+    torch.save({"config": {}, checkpoint.SEEN_KEY: seen}, path)
     checkpoint.check_unseen(path, {"c0": identities["c0"], "b1": identities["b1"]})
-    with pytest.raises(InputError, match="found 1 of 1 .* is b0, its train case phantom_0000"):
+    with pytest.raises(InputError, match=r"found 1 of 1 .* is b0, its train case phantom_0000"):
         checkpoint.check_unseen(path, {"b0": identities["b0"]})
 
 

@@ -1,19 +1,19 @@
-"""Thresholds and least volumes: chosen by the mean Dice, refused where they flood the brain."""
+"""Thresholds and least volumes: the best mean Dice, and what is refused in a single case."""
 
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lightning_modules.operating_point import GRID, LEAST_MM3, Candidates, OperatingPoint
 
 from errors import InputError
+from experiments.operating_point import LEAST_MM3, THRESHOLDS, Candidates, OperatingPoint
 
 REGIONS = ("WT", "ET")
 
 
 def case(seed: int, shape: tuple[int, int, int] = (12, 11, 10)) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy probabilities (2, X, Y, Z) and the truth behind them."""
+    """Make noisy probabilities (2, X, Y, Z), and the truth that they estimate."""
     draw = np.random.default_rng(seed)
     truth = draw.random((2, *shape)) < np.array([0.3, 0.02])[:, None, None, None]
     if seed % 3 == 0:
@@ -27,34 +27,34 @@ def dice(mask: np.ndarray, truth: np.ndarray) -> float:
     return 2 * int((mask & truth).sum()) / total if total else 1.0
 
 
-def test_choice_is_the_best_of_all_candidates():
-    """Against a search that thresholds every case at every candidate."""
+def test_best_point_is_the_best_of_all_candidates():
+    """The result agrees with a search that thresholds every case at every candidate."""
     cases = [case(seed) for seed in range(5)]
     candidates = Candidates(REGIONS, voxel_mm3=2.0)
     for probabilities, truth in cases:
         candidates.add(probabilities, truth)
-    chosen = candidates.choose(with_least_volume=["ET"])
-    assert chosen.least_mm3.keys() == {"ET"}
+    best = candidates.best(with_least_volume=["ET"])
+    assert best.least_mm3.keys() == {"ET"}
     for number, region in enumerate(REGIONS):
         scores = {}
-        for threshold in GRID:
+        for threshold in THRESHOLDS:
             for least in LEAST_MM3 if region == "ET" else (0.0,):
                 values = []
                 for probabilities, truth in cases:
                     mask = probabilities[number] > threshold
                     values.append(dice(mask & (mask.sum() * 2.0 >= least), truth[number]))
                 scores[threshold, least] = np.mean(values)
-        picked = chosen.thresholds[region], chosen.least_mm3.get(region, 0.0)
-        assert scores[picked] == pytest.approx(max(scores.values()))
-        assert candidates.mean_dice(chosen)[region] == pytest.approx(max(scores.values()))
+        point = best.thresholds[region], best.least_mm3.get(region, 0.0)
+        assert scores[point] == pytest.approx(max(scores.values()))
+        assert candidates.mean_dice(best)[region] == pytest.approx(max(scores.values()))
 
 
-def test_among_equals_the_middle_wins():
+def test_of_equal_thresholds_the_one_nearest_a_half_is_best():
     truth = np.zeros((1, 4, 4, 4), bool)
     truth[0, :2] = True
     candidates = Candidates(["WT"], 1.0)
     candidates.add(np.where(truth, 0.9, 0.1).astype(np.float32), truth)
-    assert candidates.choose().thresholds == {"WT": 0.5}
+    assert candidates.best().thresholds == {"WT": 0.5}
 
 
 def test_a_threshold_that_floods_the_brain_is_refused(caplog: pytest.LogCaptureFixture):

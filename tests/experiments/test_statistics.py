@@ -1,7 +1,7 @@
-"""Differences with their error rates: by hand, against scipy, and by simulation.
+"""Comparisons of two arms: against numbers computed by hand, against scipy, and in simulations.
 
-A simulated rate may exceed what it must not by three standard errors of the Monte Carlo, and the
-seeds are fixed: tests do not fail by chance.
+A simulated rate passes if it exceeds its bound by at most three standard errors of the simulation.
+The seeds are fixed, so that no test fails by chance.
 """
 
 from dataclasses import asdict, replace
@@ -21,15 +21,16 @@ from experiments.statistics import (
 )
 
 ALPHA = 0.05
-DATA_SETS = 6000
-# By hand: seeds' means 2 and 4, no residual.
+DATA_SETS = 6000  # of a simulation
+# The means of the two seeds are 2 and 4, and the residual is 0.
 BASELINE = np.array([[1.0, 2, 3], [3, 4, 5]])
 # Standard deviations between seeds, of arm x case, and of the residual.
 SPREADS = [(0.0, 1.0, 0.5), (0.0, 0.0, 1.0), (0.3, 1.0, 0.5), (1.0, 0.3, 0.3)]
 
 
-def at_most(rate: float, of: int) -> float:
-    return rate + 3 * np.sqrt(rate * (1 - rate) / of)
+def at_most(rate: float, data_sets: int) -> float:
+    """Return the highest simulated rate that is compatible with a true rate."""
+    return rate + 3 * np.sqrt(rate * (1 - rate) / data_sets)
 
 
 def arms(
@@ -39,7 +40,15 @@ def arms(
     data_sets: int = DATA_SETS,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """Scores (data_sets, S, N) of arms with the same mean."""
+    """Simulate the scores (data_sets, S, N) of arms that have the same mean.
+
+    Args:
+        seeds: Number of seeds S of each arm.
+        cases: Number of cases N.
+        spread: Standard deviations between seeds, of arm x case, and of the residual.
+        data_sets: Number of simulated studies.
+        seed: Seed of the simulation.
+    """
     draw = np.random.default_rng(seed).standard_normal
     between, interaction, residual = spread
     case = draw((data_sets, 1, cases))
@@ -57,24 +66,26 @@ def decide(found: Estimate, margin: float) -> np.ndarray:
 
 
 def true_error(seeds: tuple[int, int], cases: int, spread: tuple[float, float, float]) -> float:
+    """Compute the standard error of the difference from the parameters of a simulation."""
     between, interaction, residual = np.square(spread)
-    a_seed = between + residual / cases
-    return np.sqrt(a_seed / seeds[0] + a_seed / seeds[1] + 2 * interaction / cases)
+    seed_variance = between + residual / cases
+    return np.sqrt(seed_variance / seeds[0] + seed_variance / seeds[1] + 2 * interaction / cases)
 
 
 def test_by_hand():
-    """Cases differ by 1, 1, 4; the level's residual mean square is 2."""
+    """The arms differ by 1, 1 and 4 in the cases; the residual mean square of the level is 2."""
     comparison = compare(BASELINE, np.array([[2.0, 4, 9], [4, 4, 7]]), margin=3)
     assert comparison.difference == pytest.approx(2)
     assert comparison.median == pytest.approx(1)
-    # Seeds 2 / 2, and 0; cases 3 / 3; residual 2 / (2 x 3).
+    # The baseline's seeds contribute 2 / 2, the level's 0, the cases 3 / 3, and the residual of
+    # 2 / (2 x 3) is subtracted.
     assert comparison.standard_error == pytest.approx(np.sqrt(1 + 1 - 1 / 3))
     assert comparison.degrees_of_freedom == pytest.approx((5 / 3) ** 2 / (1**2 / 1 + 1**2 / 2))
     assert comparison.p_wilcoxon == pytest.approx(2 / 8)  # all three of one sign
 
 
 def test_by_hand_where_the_residual_exceeds_the_cases():
-    """All cases differ by 1: what is left is t of 1 with one degree of freedom, a Cauchy."""
+    """The arms differ by 1 in every case: t is 1 with one degree of freedom, a Cauchy variable."""
     comparison = compare(BASELINE, np.array([[2.0, 4, 6], [4, 4, 4]]), margin=2)
     assert (comparison.difference, comparison.standard_error) == (1, 1)
     assert comparison.degrees_of_freedom == pytest.approx(1)
@@ -116,7 +127,7 @@ def test_without_variance_of_differences_it_is_welch_on_the_seeds():
 
 
 def test_the_residual_counts_once():
-    """The mean of the squared standard error is the variance that the differences have."""
+    """The mean of the squared standard error equals the variance of the differences."""
     seeds, cases, spread = (3, 5), 10, (0.3, 1.0, 1.0)
     found = estimate(*arms(seeds, cases, spread))
     expected = true_error(seeds, cases, spread) ** 2
@@ -125,9 +136,10 @@ def test_the_residual_counts_once():
 
 
 def rates_of_error(found: Estimate, margin: float) -> list[float]:
-    """Without an effect "different", and with one at either margin "equivalent".
+    """Compute the rate of a false "different", and of a false "equivalent" at either margin.
 
-    No margin shields the first: a small one never lets "equivalent" take its place.
+    The first is computed with a margin of nearly 0, because "equivalent" takes the place of
+    "different" within a larger one.
     """
     shifted = [found._replace(difference=found.difference + d) for d in (margin, -margin)]
     different = np.mean(decide(found, 1e-9) == "different")
@@ -146,7 +158,7 @@ def test_error_rates(seeds: tuple[int, int], cases: int, spread: tuple[float, fl
 
 
 def test_error_rates_where_one_arm_is_less_stable():
-    """The limit that the module states: 7 %, with three seeds of which those of one arm agree."""
+    """The rate stays at the 7 % that the module states, where all seeds of one arm agree."""
     steady, _ = arms((3, 3), 30, (0.0, 0.5, 0.5))
     _, unstable = arms((3, 3), 30, (0.5, 0.5, 0.5))
     rates = rates_of_error(estimate(steady, unstable), margin=2)
@@ -155,7 +167,7 @@ def test_error_rates_where_one_arm_is_less_stable():
 
 @pytest.mark.parametrize(("seeds", "cases"), [(3, 10), (5, 30)])
 def test_a_duplicate_of_the_baseline_on_scores_like_dice(seeds: int, cases: int):
-    """Skewed, bounded, with cases that are hard for all; only the seeds are others."""
+    """Scores are skewed and bounded, and cases hard for both arms; only the seeds differ."""
     draw = np.random.default_rng(3)
     hardness = draw.normal(1.5, 1.2, (DATA_SETS, 1, cases))
     baseline, level = (
@@ -167,7 +179,7 @@ def test_a_duplicate_of_the_baseline_on_scores_like_dice(seeds: int, cases: int)
 
 
 def test_wilcoxon_is_conditional_on_the_checkpoints():
-    """Why it gives no verdict: without any effect it finds one, as seeds differ."""
+    """It gives no verdict because it takes the difference between seeds for an effect."""
     pairs = zip(*arms((3, 3), 20, (0.3, 0.1, 0.1), 100), strict=True)
     found = [compare(baseline, level, margin=0.1) for baseline, level in pairs]
     assert np.mean([c.p_wilcoxon < ALPHA for c in found]) > 0.3
@@ -179,12 +191,12 @@ def test_power():
     baseline, level = arms((3, 3), 20, spread)
     assert np.mean(decide(estimate(baseline, level), 0.03) == "equivalent") > 0.95
     assert np.mean(decide(estimate(baseline, level + 0.05), 0.03) == "different") > 0.95
-    # Two arms that differ by noise, within a margin far below it: never enough to say so.
+    # With a margin far below the noise, no data set is large enough for a verdict.
     assert np.mean(decide(estimate(baseline, level), 0.001) == "undecided") > 0.9
 
 
 def test_a_planted_effect_is_different():
-    """A crippled level beside a duplicate of the baseline, in one family."""
+    """One family has a crippled level and a duplicate of the baseline."""
     baseline, duplicate, crippled = (
         0.8 + 0.05 * scores[0] for scores in arms((3, 3, 3), 15, (0.1, 0.2, 0.2), 1, seed=4)
     )
@@ -194,7 +206,7 @@ def test_a_planted_effect_is_different():
 
 
 def test_families_that_share_a_baseline():
-    """Ten levels: no false "different" among them, no false "equivalent", in 95 % of families."""
+    """In 95 % of families of ten levels there is no false "different" or "equivalent"."""
     families, spread = 3000, (0.3, 0.5, 0.5)
     baseline, *levels = arms((3,) * 11, 15, spread, families)
     margin = 5 * true_error((3, 3), 15, spread)
@@ -203,11 +215,11 @@ def test_families_that_share_a_baseline():
     at_margin = found._replace(difference=found.difference + margin)
     for p in (found.p_difference(), at_margin.p_equivalence(margin)):
         assert np.mean((holm(p) < ALPHA).any(1)) <= at_most(ALPHA, families)
-        assert np.mean((p < ALPHA).any(1)) > 0.15  # that is what Holm is for
+        assert np.mean((p < ALPHA).any(1)) > 0.15  # without Holm's correction
 
 
 def test_minimum_detectable_effect():
-    """Against the noncentral t: the power of the two-sided test at this effect is 0.8."""
+    """By the noncentral t distribution, the power of the two-sided test at this effect is 0.8."""
     for seeds, cases in ((2, 5), (3, 10), (10, 100)):
         baseline, level = (a[0] for a in arms((seeds, seeds), cases, (0.3, 0.5, 0.5), 1))
         comparison = compare(baseline, level, margin=1, alpha=0.01)
@@ -217,6 +229,7 @@ def test_minimum_detectable_effect():
 
 
 def naive_holm(p: list[float]) -> list[float]:
+    """Adjust p values by Holm's method in a loop."""
     adjusted, running = [0.0] * len(p), 0.0
     for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         running = max(running, min(1.0, (len(p) - rank) * p[index]))
@@ -244,7 +257,7 @@ def test_adjusting_a_family():
         raw = [getattr(one, name) for one in alone]
         assert [getattr(one, f"{name}_holm") for one in family] == pytest.approx(naive_holm(raw))
         assert [getattr(one, name) for one in family] == raw
-    # A run that is missing was planned all the same.
+    # A comparison without a run counts in its family all the same.
     missing = compare(baseline, np.empty((0, 12)), margin=0.05)
     assert adjust([*alone, missing])[2].p_difference_holm == 4 * alone[2].p_difference
     assert adjust([]) == []
@@ -257,7 +270,7 @@ def test_a_verdict_of_each_kind():
         "undecided",
         "equivalent",
         "different",
-        "equivalent",  # a difference that is there, and smaller than what matters
+        "equivalent",  # there is a difference, but it is smaller than the margin
         "undecided",
         "undecided",
     ]
@@ -327,7 +340,7 @@ def test_no_common_case_is_undecided():
 
 @pytest.mark.parametrize("shift", [0.0, 0.1])
 def test_scores_that_do_not_vary_are_undecided(shift: float):
-    """The same run read three times, or networks that mark nothing; rounding is no variance."""
+    """Such are three copies of one run, or networks that mark nothing; rounding is no variance."""
     baseline = np.tile(np.random.default_rng(9).random(7), (3, 1))
     found = compare(baseline, baseline + shift, margin=0.2)
     assert undefined(found) == NEEDS_ERROR

@@ -1,29 +1,30 @@
-"""From checkpoints, or label maps, to table 1 and the figures."""
+"""From checkpoints or label maps to table 1 and the figures of Frey & Nau."""
 
 import csv
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from lightning_modules.operating_point import OperatingPoint
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import train
 from datamodules import template
+from datamodules.brats import BraTS
 from errors import InputError
-from evaluate import THRESHOLDS_NAME, evaluate, part_of
+from experiments import frey2019
+from experiments.evaluation import THRESHOLDS_NAME, cases_of_part, evaluate
+from experiments.operating_point import OperatingPoint
 from tests.conftest import ROOT, write_brats
 
 Compose = Callable[..., DictConfig]
 
 
-def given(**values: object) -> dict:
-    """The values of conf/evaluate.yaml, some of them changed."""
+def options(**values: object) -> dict:
+    """Read conf/evaluate.yaml and change some of its values."""
     config = OmegaConf.merge(
         OmegaConf.load(ROOT / "conf/predict.yaml"),
         OmegaConf.load(ROOT / "conf/evaluate.yaml"),
@@ -34,6 +35,7 @@ def given(**values: object) -> dict:
 
 
 def rows_of(path: Path) -> dict[str, dict[str, float]]:
+    """Read the scores of every case."""
     with path.open() as file:
         return {
             row.pop("case"): {name: float(value) for name, value in row.items()}
@@ -43,7 +45,7 @@ def rows_of(path: Path) -> dict[str, dict[str, float]]:
 
 @pytest.fixture
 def label_maps(tmp_path: Path) -> tuple[Path, Path]:
-    """Truths in a BraTS folder, without scans, and predictions that are a voxel off."""
+    """Predictions that are shifted by 0, 1 and 2 voxels, and truths without scans."""
     truths = write_brats(tmp_path / "truths", cases=3)
     predictions = tmp_path / "predictions"
     predictions.mkdir()
@@ -58,9 +60,9 @@ def label_maps(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_label_maps_are_scored_without_a_network(label_maps: tuple[Path, Path], tmp_path: Path):
-    """Against Dice, sensitivity and specificity computed here from the files."""
+    """Dice, sensitivity and specificity agree with those computed here from the files."""
     predictions, truths = label_maps
-    text = evaluate(given(predictions=predictions, input=truths, output=tmp_path / "out"))
+    text = evaluate(options(predictions=predictions, input=truths, output=tmp_path / "out"))
     rows = rows_of(text.parent / "cases.csv")
     assert list(rows) == [f"BraTS2021_0000{i}" for i in range(3)]
     for name, row in rows.items():
@@ -82,27 +84,27 @@ def test_label_maps_are_scored_without_a_network(label_maps: tuple[Path, Path], 
     ):
         assert line["Dice ET"] == f"{number:.3f}"
     assert "| ET | 3 | 0 | 0 | 0 |" in text.read_text()
-    # Without scans there is nothing to lay a prediction over.
+    # Figures 3 and 5 need scans.
     assert sorted(path.name for path in text.parent.glob("*.png")) == ["figure4.png"]
     with Image.open(text.parent / "figure4.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
 
 
 def test_the_label_of_et_is_that_of_each_folder(label_maps: tuple[Path, Path], tmp_path: Path):
-    """Truths of 2023 (ET is 3) with predictions of ours (ET is 4)."""
+    """Truths with label 3 for ET, as in 2023, are compared with predictions with label 4."""
     predictions, truths = label_maps
     for path in truths.rglob("*_seg.nii.gz"):
         mask = nib.load(path)
         labels = np.asanyarray(mask.dataobj).copy()
         labels[labels == 4] = 3
         nib.save(nib.Nifti1Image(labels, mask.affine), path)
-    text = evaluate(given(predictions=predictions, input=truths, output=tmp_path / "out"))
+    text = evaluate(options(predictions=predictions, input=truths, output=tmp_path / "out"))
     assert rows_of(text.parent / "cases.csv")["BraTS2021_00000"]["dice_ET"] == 1
 
 
 def test_what_cannot_be_scored_is_one_clear_line(label_maps: tuple[Path, Path], tmp_path: Path):
     predictions, truths = label_maps
-    asked = given(predictions=predictions, input=truths, output=tmp_path / "out")
+    asked = options(predictions=predictions, input=truths, output=tmp_path / "out")
     with pytest.raises(InputError, match=r"convention: expected one of brats2020, .*found brats"):
         evaluate({**asked, "convention": "brats"})
     with pytest.raises(InputError, match="nowhere: no such folder"):
@@ -118,23 +120,24 @@ def test_what_cannot_be_scored_is_one_clear_line(label_maps: tuple[Path, Path], 
 
 @pytest.fixture
 def runs(composed: Compose, tiny: list[str], tmp_path: Path, bright_networks: None) -> Path:
-    """Two finished runs of a sweep, loaded with `BrighterThan` in place of their networks."""
+    """Two finished runs of a sweep, whose networks are replaced by `BrighterThan` when loaded."""
     for seed in (0, 1):
         folder = tmp_path / "runs" / str(seed)
         train.train(composed(*tiny, "logger=csv", f"seed={seed}", f"run_dir={folder}"))
     return tmp_path / "runs"
 
 
+@pytest.mark.process
 def test_a_sweep_is_predicted_and_scored(
     runs: Path, brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(template, "LEAST_OVERLAP", 0)  # a ball is no brain
+    monkeypatch.setattr(template, "LEAST_OVERLAP", 0)  # the brains of these cases are balls
     output = tmp_path / "out"
-    asked = given(checkpoint=runs, input=brats, output=output, wandb="offline")
+    asked = options(checkpoint=runs, input=brats, output=output, wandb="offline")
     text = evaluate(asked)
     tested = json.loads((runs / "0" / "split.json").read_text())["test"]
     assert list(rows_of(output / "cases.csv")) == tested
-    # All that is bright is tumour: its outline comes back whole.
+    # The tumour is all that is bright, so its outline is predicted without an error.
     assert {row["dice_WT"] for row in rows_of(output / "cases.csv").values()} == {1.0}
     names = {path.name for path in output.iterdir()}
     assert {"table1.md", "table1.csv", THRESHOLDS_NAME, "predictions", "wandb"} <= names
@@ -150,6 +153,7 @@ def test_a_sweep_is_predicted_and_scored(
     assert settings["flips"] is True
 
 
+@pytest.mark.process
 def test_parts_are_those_that_no_run_has_trained_on(runs: Path, brats: Path):
     for seed, test in ((0, [0, 1]), (1, [1, 2])):
         names = [f"BraTS2021_0000{i}" for i in range(6)]
@@ -159,14 +163,35 @@ def test_parts_are_those_that_no_run_has_trained_on(runs: Path, brats: Path):
             "test": [names[i] for i in test],
         }
         (runs / str(seed) / "split.json").write_text(json.dumps(split))
-    from datamodules.brats import BraTS
-
     cases = BraTS(brats).cases()
-    asked = given(checkpoint=runs)
-    assert [case.name for case in part_of(cases, "test", asked)] == ["BraTS2021_00001"]
-    assert len(part_of(cases, "all", asked)) == 6
+    assert [case.name for case in cases_of_part(cases, "test", runs)] == ["BraTS2021_00001"]
+    assert len(cases_of_part(cases, "all", runs)) == 6
     with pytest.raises(InputError, match="cases: expected one of train, validation, test, all"):
-        part_of(cases, "tests", asked)
-    shutil.move(runs / "1" / "split.json", runs / "1" / "other.json")
+        cases_of_part(cases, "tests", runs)
+    (runs / "1" / "split.json").unlink()
     with pytest.raises(InputError, match=r"split\.json: expected beside the checkpoint"):
-        part_of(cases, "test", asked)
+        cases_of_part(cases, "test", runs)
+
+
+def test_every_pair_of_files_is_read_once(
+    label_maps: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    predictions, truths = label_maps
+    read = []
+
+    def compare(pair: frey2019.Pair, *arguments: object) -> object:
+        read.append(pair.case.name)
+        return original(pair, *arguments)
+
+    original = frey2019.compare
+    monkeypatch.setattr(frey2019, "compare", compare)
+    masks = frey2019.BraTSMasks(predictions), frey2019.BraTSMasks(truths)
+    output = tmp_path / "out"
+    text = frey2019.write_report(*masks, masks[1].cases(), output, least_mm3={"ET": 1e6})
+    assert read == [f"BraTS2021_0000{i}" for i in range(3)]
+    # All of ET is below the least volume, so the second table has a Dice of 0 for it.
+    first, second = text.read_text().split("With least volumes")
+    assert "| Mean | 0.000 |" in second
+    assert "| Mean | 0.000 |" not in first
+    kept = frey2019.write_report(*masks, masks[1].cases(), output, least_mm3={"ET": 1})
+    assert 'of {"ET": 1}: the same' in kept.read_text()

@@ -1,4 +1,4 @@
-"""Lesion-wise scores: hand-counted cases, a naive implementation, MONAI."""
+"""Lesion-wise scores: by hand, by a naive implementation, by MONAI."""
 
 from collections import deque
 from itertools import product
@@ -8,9 +8,11 @@ import pytest
 import torch
 from monai.metrics.froc import compute_fp_tp_probs_nd
 
+from lightning_modules.inference import repeated
 from lightning_modules.metrics import LesionMetrics, LesionReport
 from lightning_modules.metrics.lesions import COUNTS, THRESHOLDS, match
-from lightning_modules.networks.dnet import Geometry
+from lightning_modules.networks.dnet import GEOMETRY
+from lightning_modules.networks.geometry import Geometry
 
 FULL = Geometry(halo=0, stride=1)
 HALF = THRESHOLDS[len(THRESHOLDS) // 2]
@@ -44,7 +46,7 @@ TOYS = {
         volume((s(4, 6), 4, 4)), volume((s(1, 4), 4, 4)), (0, 1, 0, 0, 0)),
     "a tiny lesion missed and a voxel of nothing": (
         volume((1, 1, 1), (6, 6, 6)), volume((6, 6, 6), (9, s(8, 10), 9)), (1, 1, 1, 0, 0)),
-    "one voxel hit by a huge blob": (
+    "one voxel hit by a huge ball": (
         volume((s(1, 8), s(1, 8), s(1, 8))), volume((4, 4, 4)), (1, 0, 1, 0, 0)),
     "a bridge from one lesion towards another": (
         volume((s(1, 6), 4, 4)), volume((s(1, 4), 4, 4), (s(7, 9), 4, 4)), (1, 0, 1, 0, 0)),
@@ -72,7 +74,7 @@ def test_lesion_dice_by_hand():
     assert counted(prediction, truth)["dice"] == pytest.approx(2 * 2 / (3 + 6))
 
 
-def components(mask: np.ndarray) -> list[set[tuple[int, ...]]]:
+def flood_fill(mask: np.ndarray) -> list[set[tuple[int, ...]]]:
     """26-connected components by flood fill."""
     left = set(map(tuple, np.argwhere(mask).tolist()))
     found = []
@@ -99,10 +101,10 @@ def test_agrees_with_flood_fill_at_full_resolution(seed: int, stride: int):
     coarse = rng.random([-(-side // stride) for side in shape]).astype(np.float32)
     case = match(coarse, truth, stride, thresholds=THRESHOLDS[20:40:5])
     full = coarse.repeat(stride, 0).repeat(stride, 1).repeat(stride, 2)[:9, :11, :10]
-    lesions = components(truth)
+    lesions = flood_fill(truth)
     assert len(lesions) == len(case.lesions)
     for number, threshold in enumerate(THRESHOLDS[20:40:5]):
-        predicted = components(full > np.float32(threshold))
+        predicted = flood_fill(full > np.float32(threshold))
         touching = [[p for p in predicted if p & lesion] for lesion in lesions]
         dice = [
             2 * sum(len(p & lesion) for p in near) / (len(lesion) + sum(map(len, near)))
@@ -126,7 +128,7 @@ def test_scores_of_lesions_agree_with_monai():
     truth = volume((s(1, 3), 2, 2), (s(6, 9), s(6, 9), 5), (10, 10, 10))
     probability = rng.random(truth.shape).astype(np.float32)
     numbered = np.zeros(truth.shape, int)
-    for number, component in enumerate(components(truth), start=1):
+    for number, component in enumerate(flood_fill(truth), start=1):
         numbered[tuple(np.array(sorted(component)).T)] = number
     x, y, z = np.indices(truth.shape).reshape(3, -1)
     _, tp, lesions = compute_fp_tp_probs_nd(
@@ -152,22 +154,23 @@ def test_diameters_are_of_balls_of_equal_volume():
     assert case.lesions[0, 0] == pytest.approx(12.0, rel=0.02)  # a radius of 12 voxels of ½ mm
 
 
+def batch(mask: np.ndarray, index: int) -> dict[str, torch.Tensor]:
+    return {"mask": torch.from_numpy(mask)[None, None], "index": torch.tensor([index])}
+
+
 def report(*cases: tuple[np.ndarray, np.ndarray]) -> LesionReport:
     metric = LesionMetrics(FULL)
     for index, (prediction, truth) in enumerate(cases):
-        metric.update(
-            torch.from_numpy(prediction.astype(np.float32))[None, None],
-            torch.from_numpy(truth)[None, None],
-            torch.tensor([index]),
-        )
-    return metric.compute()
+        probability = torch.from_numpy(prediction.astype(np.float32))[None, None]
+        metric.update(probability, batch(truth, index))
+    return metric.report()
 
 
 def test_patients_without_lesions_count_for_false_positives():
     found = (volume((1, 1, 1)), volume((1, 1, 1)))
     alarm = (volume((1, 1, 1), (5, 5, 5)), volume())
     clear = (volume(), volume())
-    scores = report(found, alarm, clear).at(HALF)
+    scores = report(found, alarm, clear).scores(HALF)
     assert scores["sensitivity"] == 1
     assert scores["false_positives"] == pytest.approx(2 / 3)
     assert scores["sensitivity_by_patient"] == 1
@@ -175,13 +178,13 @@ def test_patients_without_lesions_count_for_false_positives():
 
 def test_pooled_and_mean_sensitivity_differ():
     many = volume((1, 1, 1), (5, 5, 5), (9, 9, 9))
-    scores = report((volume(), many), (volume((1, 1, 1)), volume((1, 1, 1)))).at(HALF)
+    scores = report((volume(), many), (volume((1, 1, 1)), volume((1, 1, 1)))).scores(HALF)
     assert scores["sensitivity"] == 0.25
     assert scores["sensitivity_by_patient"] == 0.5
 
 
 def test_nothing_to_score_is_nan():
-    scores = report((volume(), volume())).at(HALF)
+    scores = report((volume(), volume())).scores(HALF)
     assert np.isnan(scores["sensitivity"])
     assert np.isnan(scores["lesion_dice"])
     assert scores["false_positives"] == 0
@@ -193,45 +196,47 @@ def test_threshold_for_a_target():
     for voxel, value in {(1, 1, 1): 0.9, (5, 5, 5): 0.3, (9, 9, 9): 0.6, (9, 1, 9): 0.2}.items():
         probability[voxel] = value
     found = report((probability, truth))
-    strict, loose, all_found = (found.choose(target) for target in (0, 1, 2))
+    strict, loose, all_found = (found.best_threshold(target) for target in (0, 1, 2))
     assert 0.6 <= strict < 0.9
     assert 0.2 <= loose < 0.3
     assert all_found == loose  # no more is found below it
-    assert found.at(strict)["sensitivity"] == 0.5
-    assert found.at(loose)["false_positives"] == 1
-    assert report((np.ones(truth.shape), volume())).choose(0) == pytest.approx(THRESHOLDS[-1])
+    assert found.scores(strict)["sensitivity"] == 0.5
+    assert found.scores(loose)["false_positives"] == 1
+    assert report((np.ones(truth.shape), volume())).best_threshold(0) == pytest.approx(
+        THRESHOLDS[-1]
+    )
 
 
-def test_a_flooded_brain_is_not_the_best_operating_point():
-    """Below .2 all is one component that touches both lesions, without a false positive."""
+def test_a_prediction_everywhere_is_not_the_best_operating_point():
+    """Below .2 all is one component, which touches both lesions and is no false positive."""
     truth = volume((1, 1, 1), (5, 5, 5))
     probability = np.full(truth.shape, 0.2)
     probability[1, 1, 1] = 0.9
     probability[5, 5, 5] = 0.8
     probability[9, 9, 9] = 0.5
     found = report((probability, truth))
-    flooded = found.at(0.1)
+    flooded = found.scores(0.1)
     assert (flooded["sensitivity"], flooded["false_positives"]) == (1, 0)
     assert flooded["sensitivity_one_to_one"] == 0.5
-    assert 0.5 <= found.choose(0) < 0.8
+    assert 0.5 <= found.best_threshold(0) < 0.8
 
 
 def test_the_threshold_does_not_pass_through_false_positives_to_get_below_them():
-    """Noise at .5 to .7 that .2 joins to one flood: no false positive there, many on the way."""
+    """Below .2 all is one component and no false positive; from .2 to .6 there are 27."""
     truth = volume((1, 1, 1))
     probability = np.full(truth.shape, 0.2)
     probability[3::3, 3::3, 3::3] = 0.6
-    probability[1, 1, 1] = 0.3  # below the noise: only the flood finds it
+    probability[1, 1, 1] = 0.3  # below the noise of .6
     found = report((probability, truth))
-    assert found.at(0.1)["sensitivity_one_to_one"] == 1
-    assert found.at(0.1)["false_positives"] == 0
-    assert found.at(0.4)["false_positives"] == 27
-    assert found.choose(1) > 0.6
+    assert found.scores(0.1)["sensitivity_one_to_one"] == 1
+    assert found.scores(0.1)["false_positives"] == 0
+    assert found.scores(0.4)["false_positives"] == 27
+    assert found.best_threshold(1) > 0.6
 
 
 def test_sizes_are_scored_apart():
-    small, large = (1, 1, 1), (s(5, 11), s(5, 11), s(5, 11))  # of 1.2 and 7.4 voxels' diameter
-    scores = report((volume(large), volume(small, large))).at(HALF)
+    small, large = (1, 1, 1), (s(5, 11), s(5, 11), s(5, 11))  # diameters of 1.2 and 7.4 voxels
+    scores = report((volume(large), volume(small, large))).scores(HALF)
     assert scores["sensitivity_0-5mm"] == 0
     assert scores["sensitivity_5-10mm"] == 1
     assert np.isnan(scores["sensitivity_10mm_up"])
@@ -239,18 +244,18 @@ def test_sizes_are_scored_apart():
 
 def test_a_case_seen_twice_counts_once_and_order_does_not_matter():
     rng = np.random.default_rng(0)
-    cases = [
-        (torch.from_numpy(rng.random((1, 1, 8, 8, 8), np.float32)),
-         torch.from_numpy(rng.random((1, 1, 8, 8, 8)) < 0.02))
-        for _ in range(3)
-    ]  # fmt: skip
+    probabilities = torch.from_numpy(rng.random((3, 1, 1, 8, 8, 8), np.float32))
+    masks = rng.random((3, 8, 8, 8)) < 0.02
     one, other = LesionMetrics(FULL), LesionMetrics(FULL)
     for index in (0, 1, 2):
-        one.update(*cases[index], torch.tensor([index]))
-    for index in (2, 0, 0, 1, 2):  # as two ranks whose last batches were filled up
-        other.update(*cases[index], torch.tensor([index]))
-    for a, b in zip(one.compute(), other.compute(), strict=True):
+        one.update(probabilities[index], batch(masks[index], index))
+    for index in (2, 0, 0, 1, 2):  # what two ranks see whose last batches are filled up
+        other.update(probabilities[index], batch(masks[index], index))
+    for a, b in zip(one.report(), other.report(), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert one.compute() == other.compute()
+    assert one.rows() == other.rows()
+    assert list(other.rows()) == [0, 1, 2]
 
 
 def test_rows_name_what_was_counted():
@@ -261,3 +266,47 @@ def test_rows_name_what_was_counted():
         "merged": 0, "split": 0, "dice": 1,
     }  # fmt: skip
     assert set(rows[1].values()) == {0}
+
+
+@pytest.mark.parametrize("shape", [(16, 12, 8), (13, 9, 14)])
+def test_repeated_probabilities_count_as_the_coarse_ones(shape: tuple[int, int, int]):
+    """The metric gets probabilities at full resolution, and counts on the network's grid."""
+    rng = np.random.default_rng(0)
+    truth = rng.random(shape) < 0.01
+    coarse = rng.random([-(-side // 4) for side in shape]).astype(np.float32)
+    metric = LesionMetrics(GEOMETRY, spacing_mm=1.5)
+    full = repeated(torch.from_numpy(coarse)[None, None], 4, shape)
+    metric.update(full, batch(truth, 3))
+    found, expected = metric.report(), match(coarse, truth, stride=4, spacing_mm=1.5)
+    voxelwise = match(full[0, 0].numpy(), truth, stride=1, spacing_mm=1.5)
+    assert found.cases.tolist() == [3]
+    assert len(expected.lesions) > 3
+    assert np.unique(expected.counts[:, COUNTS.index("detected")]).size > 3
+    np.testing.assert_array_equal(found.counts[0], expected.counts.astype(np.float32))
+    np.testing.assert_array_equal(found.lesions[:, 1:], expected.lesions.astype(np.float32))
+    np.testing.assert_allclose(voxelwise.counts, expected.counts, rtol=1e-12)
+    np.testing.assert_array_equal(voxelwise.lesions, expected.lesions)
+
+
+def test_scores_and_rows_are_those_at_the_threshold():
+    truth = volume((1, 1, 1), (5, 5, 5))
+    probability = torch.zeros(1, 1, *truth.shape)
+    for voxel, value in {(1, 1, 1): 0.9, (5, 5, 5): 0.3, (9, 9, 9): 0.6}.items():
+        probability[(0, 0, *voxel)] = value
+    metric = LesionMetrics(FULL, threshold=0.8)
+    metric.update(probability, batch(truth, 7))
+    for threshold, detected, false_positives in ((0.8, 1, 0), (0.5, 1, 1), (0.2, 2, 1)):
+        metric.threshold.fill_(threshold)
+        scores, row = metric.compute(), metric.rows()[7]
+        assert scores["threshold"] == pytest.approx(threshold)
+        assert scores["sensitivity"] == detected / 2
+        assert scores["false_positives"] == false_positives
+        assert (row["lesions"], row["detected"]) == (2, detected)
+        assert row["false_positives"] == false_positives
+
+
+def test_scores_that_are_not_defined_are_left_out():
+    metric = LesionMetrics(FULL)
+    metric.update(torch.zeros(1, 1, 12, 12, 12), batch(volume(), 0))
+    defined = {"false_positives": 0, "merged": 0, "split": 0, "threshold": 0.5}
+    assert metric.compute() == defined

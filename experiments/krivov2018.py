@@ -1,0 +1,391 @@
+"""Krivov & Belyaev 2018, table 1 and figure 2: D-Net against the U-Net, from finished runs.
+
+`python train.py experiment=detection` trains both networks and writes the report at the end;
+`python -m experiments.krivov2018 runs/detection` writes it again. Every run is tested on the test
+cases of its own split, at the threshold in its checkpoint, or with `--target-fp` at a threshold
+that is chosen anew on its validation cases.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from hydra.experimental.callback import Callback  # noqa: TID251  (the hook of a sweep's end)
+
+from errors import InputError
+from experiments.command import command
+from experiments.run import RunFolder, finished_runs
+from experiments.tables import markdown, write_csv
+from files import write_text
+
+if TYPE_CHECKING:
+    from datamodules.patches import Volumes
+    from lightning_modules.metrics import LesionReport
+    from lightning_modules.segmentation import SegmentationModule
+
+NAMES = {"unet": "U-Net", "dnet": "D-Net"}
+COLOURS = {"unet": "#457b9d", "dnet": "#e63946"}
+# Table 1 and section 3 of the paper: 404 T1c scans of a Gamma-Knife centre, a Tesla M40.
+PAPER = (
+    {
+        "network": "U-Net, paper (other data)",
+        "sensitivity": "0.771",
+        "FP a patient": "0.62",
+        "seconds a volume": "4",
+    },
+    {
+        "network": "D-Net, paper (other data)",
+        "sensitivity": "0.872",
+        "FP a patient": "1.11",
+        "seconds a volume": "1",
+    },
+)
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class RetestedRun:
+    """A finished run that was loaded from its checkpoint and tested again.
+
+    Attributes:
+        model: Option of the group `model`: "unet" or "dnet".
+        module: The trained network in evaluation mode, on the GPU if there is one.
+        report: Lesions of the test cases at every threshold.
+        threshold: Probability above which a voxel is predicted, from the checkpoint or chosen anew.
+        fit_s: Duration of the training in seconds.
+        parameters: Number of trainable weights.
+    """
+
+    model: str
+    module: "SegmentationModule"
+    report: "LesionReport"
+    threshold: float
+    fit_s: float
+    parameters: int
+
+
+class Interval(NamedTuple):
+    """A score with its 95 % interval, from a bootstrap over patients."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(
+    counts: np.ndarray, totals: np.ndarray, draws: int = DRAWS, seed: int = 0
+) -> Interval:
+    """Estimate the interval of a ratio of two sums over patients, such as found over all lesions.
+
+    Patients are drawn with replacement, and numerator and denominator with them. Lesions are not
+    drawn by themselves: those of one patient are not independent, and the interval would be nearly
+    half as wide.
+
+    Args:
+        counts: Numerator (S, N) of S seeds and N patients; seeds are averaged.
+        totals: Denominator (N,) of the patients.
+        draws: Number of resampled sets of patients.
+        seed: Seed of the draws.
+    """
+    patients = np.random.default_rng(seed).integers(counts.shape[1], size=(draws, counts.shape[1]))
+    numerator = counts.mean(0)
+    value = numerator.sum() / totals.sum()
+    drawn = numerator[patients].sum(1) / np.maximum(totals[patients].sum(1), 1)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Interval(float(value), float(low), float(high))
+
+
+def retest(run: RunFolder, target_fp: float | None = None) -> RetestedRun:
+    """Load a finished run and score its test cases.
+
+    Args:
+        run: Folder of the run.
+        target_fp: Number of false positives a patient on the validation cases, for which the
+            threshold is chosen anew; None keeps the threshold of the checkpoint.
+    """
+    import torch
+
+    from experiments.results import Results
+    from lightning_modules.checkpoint import load
+
+    results = Results.read(run)
+    module, config = load(run.best)
+    module = module.to("cuda" if torch.cuda.is_available() else "cpu")
+    threshold = module.threshold
+    if target_fp is not None:
+        validation = score_lesions(module, volumes_of(run, config, "validation"))
+        threshold = validation.best_threshold(target_fp)
+    return RetestedRun(
+        model=config["choices"]["model"],
+        module=module,
+        report=score_lesions(module, volumes_of(run, config, "test")),
+        threshold=threshold,
+        fit_s=results.fit_s,
+        parameters=results.cost.parameters,
+    )
+
+
+def score_lesions(module: "SegmentationModule", volumes: "Volumes") -> "LesionReport":
+    """Predict volumes and compare the predictions with their lesions, at every threshold."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    metrics = module.metrics["test"]
+    metrics.reset()
+    with torch.inference_mode():
+        for batch in DataLoader(volumes):
+            metrics.update(module(batch["image"].to(module.device)), batch)
+    return metrics.report()
+
+
+def volumes_of(run: RunFolder, config: Mapping[str, Any], part: str) -> "Volumes":
+    """Open the whole volumes of one part of a run's split, from its cache.
+
+    Args:
+        run: Folder of the run.
+        config: Configuration of the run, from its checkpoint.
+        part: "train", "validation" or "test".
+    """
+    from datamodules.patches import Volumes
+    from lightning_modules.checkpoint import build
+
+    data_set, cache = build(config["data"]["data_set"]), build(config["data"]["cache"])
+    names = set(run.split()[part])
+    cases = [case for case in data_set.cases() if case.name in names]
+    mirrored = build(config["data"]["sampler"]).mirrored
+    return Volumes(cache.build(cases, data_set), data_set, mirrored)
+
+
+def table_1(
+    tested: Sequence[RetestedRun],
+    seconds: Mapping[str, np.ndarray],
+    memory_mib: Mapping[str, float],
+) -> list[dict[str, str]]:
+    """Make the rows of table 1, one for each network, over the seeds of its runs.
+
+    Args:
+        tested: Runs of all networks, tested on the same cases.
+        seconds: Durations (V,) on the test volumes, by network.
+        memory_mib: Peak memory of a pass over the largest volume, by network.
+    """
+    from lightning_modules.metrics.lesions import COUNTS
+
+    rows = []
+    for model, name in NAMES.items():
+        runs = [run for run in tested if run.model == model]
+        if not runs:
+            continue
+        counts = np.stack(  # (seeds, patients, COUNTS)
+            [run.report.counts[:, run.report.nearest(run.threshold)] for run in runs]
+        )
+        lesions = np.array(runs[0].report.lesions_per_case())
+        patients = np.ones(len(lesions))
+        intervals = {
+            count: str(bootstrap(counts[:, :, COUNTS.index(count)], totals))
+            for count, totals in (
+                ("detected", lesions),
+                ("false_positives", patients),
+                ("one_to_one", lesions),
+            )
+        }
+        scores = [run.report.scores(run.threshold) for run in runs]
+        by_size = {
+            key.removeprefix("sensitivity_"): mean_of(scores, key)
+            for key in scores[0]
+            if key.endswith(("mm", "mm_up"))
+        }
+        rows.append(
+            {
+                "network": name,
+                "sensitivity": intervals["detected"],
+                "FP a patient": intervals["false_positives"],
+                "one-to-one sensitivity": intervals["one_to_one"],
+                "sensitivity of the seeds": " ".join(f"{s['sensitivity']:.3f}" for s in scores),
+                "FP of the seeds": " ".join(f"{s['false_positives']:.2f}" for s in scores),
+                "merged": f"{np.mean([s['merged'] for s in scores]):.1f}",
+                "split": f"{np.mean([s['split'] for s in scores]):.1f}",
+                "lesion Dice": mean_of(scores, "lesion_dice"),
+                **by_size,
+                "seconds a volume": f"{np.median(seconds[model]):.3f}",
+                "peak MiB": f"{memory_mib[model]:.0f}",
+                "parameters": str(runs[0].parameters),
+                "training": f"{np.mean([run.fit_s for run in runs]):.0f} s",
+            }
+        )
+    return rows
+
+
+def mean_of(scores: Sequence[Mapping[str, float]], key: str) -> str:
+    """Average a score over the seeds for which it is defined; a dash if there is none."""
+    values = [score[key] for score in scores if not np.isnan(score[key])]
+    return f"{np.mean(values):.3f}" if values else "-"
+
+
+def draw_froc(tested: Sequence[RetestedRun], path: Path) -> None:
+    """Draw sensitivity over false positives a patient, with the threshold of every seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    for model, name in NAMES.items():
+        colour = COLOURS[model]
+        for repeat, run in enumerate(run for run in tested if run.model == model):
+            sensitivity, false_positives = run.report.froc()
+            one_to_one, _ = run.report.froc("one_to_one")
+            label = name if repeat == 0 else None
+            # Below the threshold with most false positives, components grow together: the curve
+            # would turn back to the left.
+            separate = slice(int(false_positives.argmax()), None)
+            line = {"color": colour, "alpha": 0.7}
+            ax.plot(false_positives[separate], sensitivity[separate], label=label, **line)
+            ax.plot(false_positives[separate], one_to_one[separate], ":", **line)
+            tested_at = run.report.nearest(run.threshold)
+            ax.plot(false_positives[tested_at], sensitivity[tested_at], "o", color=colour)
+    ax.set_xscale("symlog", linthresh=0.25)
+    ax.set_xlim(0, 16)
+    ax.set_ylim(0, 1)
+    ax.set_xlabel("false positives a patient")
+    ax.set_ylabel("sensitivity")
+    ax.set_title("Test cases (dotted: one to one); dots: thresholds of the validation")
+    ax.legend()
+    ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def draw_figure_2(tested: Sequence[RetestedRun], volume: Mapping[str, Any], path: Path) -> None:
+    """Draw one slice of a scan, of both networks' probabilities and of the truth (figure 2).
+
+    Args:
+        tested: Runs, of which the first of each network is shown.
+        volume: An item of `Volumes`.
+        path: The picture.
+    """
+    import torch
+    from matplotlib.figure import Figure
+
+    from lightning_modules.pictures import busiest_slice, plane
+
+    image, truth = volume["image"][0].numpy(), volume["mask"][0].numpy()
+    position = busiest_slice(truth, axis=2)
+    grey = {"cmap": "gray", "vmin": np.percentile(image, 1)}
+    shades = {"cmap": "magma", "vmin": 0, "vmax": 1}
+    panels = [("scan", image, grey)]
+    for model in ("dnet", "unet"):
+        run = next((run for run in tested if run.model == model), None)
+        if run is not None:
+            with torch.inference_mode():
+                probability = run.module(volume["image"][None].to(run.module.device))[0, 0]
+            panels.append((NAMES[model], probability.cpu().numpy(), shades))
+    panels.append(("truth", truth, shades))
+    figure = Figure(figsize=(3 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for ax, (title, shown, options) in zip(axes, panels, strict=True):
+        ax.imshow(plane(shown, 2, position), **options)
+        ax.set_title(title)
+        ax.set_axis_off()
+    figure.suptitle(f"{volume['case']}, axial {position}")
+    figure.savefig(path, dpi=120)
+
+
+def write_report(folder: Path, target_fp: float | None = None) -> Path:
+    """Write table 1, the FROC curves and figure 2 of the finished runs in a folder.
+
+    Args:
+        folder: Folder of the runs; the report goes into `report` below it.
+        target_fp: Number of false positives a patient, see `retest`.
+
+    Returns:
+        The Markdown file with the table.
+
+    Raises:
+        InputError: There is no finished run, or two runs were tested on different cases.
+    """
+    runs = finished_runs(folder)
+
+    import torch
+    from rich.progress import track
+
+    from experiments.timing import peak_mib, seconds_a_volume
+    from lightning_modules.checkpoint import CONFIG_KEY, read
+    from lightning_modules.memory import keep_freed
+
+    keep_freed()
+    for run in runs:
+        if run.split()["test"] != runs[0].split()["test"]:
+            raise InputError(f"{run.path}: tested on other cases than {runs[0].path}")
+    config = read(runs[0].best)[CONFIG_KEY]
+    data = volumes_of(runs[0], config, "test")
+    volumes = [data[index] for index in range(len(data))]
+    images = [volume["image"] for volume in volumes]
+    tested = [retest(run, target_fp) for run in track(runs, "testing")]
+    modules = {run.model: run.module for run in reversed(tested)}  # of each network's first run
+    seconds = seconds_a_volume(modules, images)
+    largest = max(images, key=torch.numel)
+    memory_mib = {model: peak_mib(module, largest) for model, module in modules.items()}
+
+    output = folder / "report"
+    output.mkdir(exist_ok=True)
+    rows = table_1(tested, seconds, memory_mib)
+    draw_froc(tested, output / "froc.png")
+    most_lesion = max(volumes, key=lambda volume: int(volume["mask"].sum()))
+    draw_figure_2(tested, most_lesion, output / "example.png")
+    write_csv(output / "table.csv", rows)
+    shape = "x".join(map(str, images[0].shape[1:]))
+    device = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    lines = [
+        f"{len(runs)} runs, {len(images)} test cases with {len(tested[0].report.lesions)} lesions, "
+        f"volumes as {shape} voxels of {config['data']['cache']['spacing_mm']:g} mm. In brackets: "
+        "the 95 % interval of a bootstrap over patients, seeds averaged.",
+        "",
+        markdown([*rows, *PAPER]),
+        "",
+    ]
+    if len(seconds) == len(NAMES):
+        ratio = seconds["unet"] / seconds["dnet"]
+        lines.append(
+            f"D-Net is {np.median(ratio):.1f} times as fast as the U-Net (median over volumes; "
+            f"{ratio.min():.1f} to {ratio.max():.1f}; {device})."
+        )
+    text = output / "table.md"
+    write_text(text, "\n".join(lines) + "\n")
+    return text
+
+
+class WriteReport(Callback):
+    """Writes the report when a sweep has ended; a callback of Hydra."""
+
+    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:  # noqa: ANN401  (Hydra's own)
+        text = write_report(Path(config.hydra.sweep.dir))
+        print(text.read_text())
+        print(f"table and figures: {text.parent}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the report that the command line asks for.
+
+    Raises:
+        InputError: See `write_report`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.krivov2018", description="Compare D-Net with the U-Net."
+    )
+    parser.add_argument("folder", type=Path, help="folder of the runs, such as runs/detection")
+    parser.add_argument(
+        "--target-fp",
+        type=float,
+        help="choose the thresholds anew, for this number of false positives a patient on the "
+        "validation cases; default: the thresholds in the checkpoints",
+    )
+    options = parser.parse_args(arguments)
+    print(write_report(options.folder, options.target_fp).read_text())
+
+
+if __name__ == "__main__":
+    with command():
+        main()

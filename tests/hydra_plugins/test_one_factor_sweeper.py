@@ -1,0 +1,142 @@
+"""The cells and the plan of a sweep over factors."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+
+from hydra_plugins.one_factor_sweeper import add_to_plan, cells, only
+from tests.conftest import ROOT
+
+
+def composed_with_hydra(*overrides: str) -> DictConfig:
+    """Compose the configuration with its node `hydra`."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", list(overrides), return_hydra_config=True)
+
+
+@pytest.fixture
+def null_report() -> DictConfig:
+    return composed_with_hydra("experiment=null_report")
+
+
+def test_cells_differ_from_the_baseline_in_one_factor():
+    levels = {"logger": ["csv"], "norm": ["group", "batch"], "model.depth": ["4", "3", "5"]}
+    baseline = {"logger": "csv", "norm": "group", "model.depth": "4"}
+    assert list(cells(levels)) == [
+        {**baseline, "cell.factor": "baseline", "cell.level": "baseline"},
+        {**baseline, "norm": "batch", "cell.factor": "norm", "cell.level": "'batch'"},
+        {**baseline, "model.depth": "3", "cell.factor": "model.depth", "cell.level": "'3'"},
+        {**baseline, "model.depth": "5", "cell.factor": "model.depth", "cell.level": "'5'"},
+    ]
+
+
+def test_named_factors_leave_the_others_at_the_baseline():
+    """The cells are those that the whole sweep has for these factors, and no others."""
+    levels = {
+        "norm": ["group", "batch"],
+        "model.depth": ["4", "3", "5"],
+        "activation": ["leaky_relu", "relu"],
+    }
+    named = list(cells(only(["norm", "model.depth"], levels)))
+    factors = ("baseline", "norm", "model.depth")
+    assert named == [cell for cell in cells(levels) if cell["cell.factor"] in factors]
+    assert {cell["activation"] for cell in named} == {"leaky_relu"}
+    assert only(None, levels) == levels
+    with pytest.raises(CompactHydraException, match=r"factors: expected some of norm, .* depth$"):
+        list(only(["norm", "depth"], levels))
+
+
+def test_factors_are_named_by_their_keys(null_report: DictConfig):
+    """What the plan, the report and `factors=` call a factor is its key on the command line."""
+    params = null_report.hydra.sweeper.params
+    levels = {key: values.split(",") for key, values in params.items() if key != "seed"}
+    assert {cell["cell.factor"] for cell in cells(levels)} == {"baseline", *levels}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("factors", ["depth", "norm,depth"])
+def test_an_unknown_factor_is_one_line(tmp_path: Path, factors: str):
+    command = ["train.py", "experiment=null_report", f"factors={factors}"]
+    command += ["logger=csv", f"hydra.sweep.dir={tmp_path}/sweep"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = (done.stdout + done.stderr).splitlines()
+    assert "factors: expected some of downsampling, filters.ratio, model.bottleneck" in line
+    assert line.endswith("found depth")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_null_report_has_the_axes_of_the_paper(null_report: DictConfig):
+    assert dict(null_report.hydra.sweeper.params) == {
+        "seed": "0,1,2",
+        "downsampling": "stride,avg,max",
+        "filters.ratio": "2,1.5,2.5,3",
+        "model.bottleneck": "128,32,64,256,512",
+        "model.depth": "4,3,5",
+        "norm": "group,batch",
+        "activation": "leaky_relu,relu",
+        "region_weights": "equal,whole,enhancing",
+        "inputs": "modalities,similarity,mirrored,both",
+    }
+
+
+def test_the_place_of_a_cell_in_a_sweep_does_not_change_the_name_of_its_run(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """So sweeps over other factors share their runs, and the baseline is trained once."""
+    names = set()
+    for cell in ([], ["cell.factor=norm", "cell.level=batch"], ["factors=norm"]):
+        config = composed_with_hydra("experiment=null_report", "norm=batch", *cell)
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", config)  # for `${hydra:...}`
+        names.add(config.hydra.sweep.subdir)
+    assert len(names) == 1
+
+
+def plan_of(*runs: tuple[str, str], margin: float = 0.02, command: str = "first") -> dict:
+    """Make a plan of runs, each with the factor that it varies."""
+    return {
+        "stated": command,
+        "report": {"margin": {"WT": margin}},
+        "commands": [command],
+        "cells": [{"run": run, "seed": 0, "factor": f, "level": f} for run, f in runs],
+    }
+
+
+def test_sweeps_with_one_baseline_share_a_plan(tmp_path: Path):
+    path = tmp_path / "sweep/plan.json"
+    add_to_plan(path, plan_of(("base", "baseline"), ("b", "norm")))
+    add_to_plan(path, plan_of(("base", "baseline"), ("c", "model.depth"), command="second"))
+    plan = json.loads(path.read_text())
+    assert [cell["run"] for cell in plan["cells"]] == ["base", "b", "c"]
+    assert plan["stated"] == "first"
+    assert plan["commands"] == ["first", "second"]
+    assert {file.name for file in path.parent.iterdir()} == {"plan.json", ".plan.json.lock"}
+
+
+def test_sweeps_that_start_together_lose_no_cell(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    plans = [plan_of(("base", "baseline"), (f"run{n}", f"factor{n}")) for n in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(partial(add_to_plan, path), plans))
+    runs = {cell["run"] for cell in json.loads(path.read_text())["cells"]}
+    assert runs == {"base", *(f"run{n}" for n in range(40))}
+
+
+def test_a_plan_takes_no_other_baseline_and_no_later_margin(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    add_to_plan(path, plan_of(("base", "baseline")))
+    before = path.read_text()
+    with pytest.raises(CompactHydraException, match=r"baseline of seed 0 is base .* other here"):
+        add_to_plan(path, plan_of(("other", "baseline")))
+    with pytest.raises(CompactHydraException, match="what was stated before the runs stands"):
+        add_to_plan(path, plan_of(("base", "baseline"), margin=0.5))
+    assert path.read_text() == before

@@ -1,0 +1,94 @@
+"""Building blocks: widths, groups, residuals, up- and downsampling."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_modules.networks.blocks import (
+    GroupNorm,
+    PooledConv,
+    ResidualBlock,
+    StridedConv,
+    Upsample,
+    widths,
+)
+
+DOWNSAMPLINGS = {
+    "stride": StridedConv,
+    "avg": partial(PooledConv, pool=nn.AvgPool3d),
+    "max": partial(PooledConv, pool=nn.MaxPool3d),
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "ratio", "depth", "expected"),
+    [
+        (32, 2, 4, [32, 64, 128, 256]),
+        (16, 1.5, 4, [16, 24, 40, 56]),  # 36 and 54 are no multiples of 8
+        (8, 1.5, 4, [8, 16, 16, 24]),
+        (8, 1, 3, [8, 8, 8]),
+        (8, 2.5, 3, [8, 24, 48]),
+    ],
+)
+def test_widths(base: int, ratio: float, depth: int, expected: list[int]):
+    assert widths(base, ratio, depth) == expected
+
+
+def test_downsampling_choices_cost_the_same():
+    sizes = {
+        name: sum(p.numel() for p in make(8, 16).parameters())
+        for name, make in DOWNSAMPLINGS.items()
+    }
+    assert len(set(sizes.values())) == 1
+    halves = {
+        tuple(make(8, 16)(torch.randn(1, 8, 8, 9, 10)).shape) for make in DOWNSAMPLINGS.values()
+    }
+    assert halves == {(1, 16, 4, 5, 5)}
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(8, 2), (16, 4), (24, 6), (32, 8), (40, 8), (56, 8), (256, 8)]
+)
+def test_groups_have_at_least_four_channels(channels: int, groups: int):
+    norm = GroupNorm(channels)
+    assert norm.num_groups == groups
+    assert channels % groups == 0
+    x = 5 + 3 * torch.randn(2, channels, 4, 4, 4)
+    torch.testing.assert_close(norm(x), nn.GroupNorm(groups, channels)(x))
+
+
+def test_residual_block_is_the_identity_without_its_convolutions():
+    block = ResidualBlock(8, 8, GroupNorm, nn.ReLU)
+    for module in block.modules():
+        if isinstance(module, nn.Conv3d):
+            nn.init.zeros_(module.weight)
+    x = torch.randn(1, 8, 4, 4, 4)
+    torch.testing.assert_close(block(x), x)
+
+
+def test_activations_in_place_leave_the_skips_alone():
+    """The block's first norm must copy: an in-place activation of `x` would corrupt the sum."""
+    block = ResidualBlock(8, 8, GroupNorm, partial(nn.LeakyReLU, inplace=True))
+    plain = ResidualBlock(8, 8, GroupNorm, partial(nn.LeakyReLU, inplace=False))
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(1, 8, 4, 4, 4)
+    torch.testing.assert_close(block(x.clone()), plain(x))
+
+
+def test_a_block_without_padding_is_the_middle_of_a_padded_one():
+    padded = ResidualBlock(8, 16, nn.BatchNorm3d, nn.ReLU).eval()
+    valid = ResidualBlock(8, 16, nn.BatchNorm3d, nn.ReLU, padding=0).eval()
+    valid.load_state_dict(padded.state_dict())
+    x = torch.randn(1, 8, 9, 8, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(valid(x), padded(x)[..., 2:-2, 2:-2, 2:-2])
+
+
+def test_upsampling_of_a_ramp_is_a_ramp():
+    up = Upsample(1, 1)
+    nn.init.ones_(up.conv.weight)
+    ramp = torch.arange(4.0).view(1, 1, 4, 1, 1).expand(1, 1, 4, 4, 4)
+    fine = up(ramp, (8, 8, 8))[0, 0, :, 0, 0]
+    torch.testing.assert_close(fine[1:-1], torch.arange(0.25, 3, 0.5)[: len(fine) - 2])

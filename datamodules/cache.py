@@ -1,4 +1,4 @@
-"""A cache of preprocessed cases on disk, as memory-mapped float16 arrays.
+"""Cache preprocessed cases on disk, as memory-mapped float16 arrays.
 
 Reading and resampling four NIfTI files takes seconds; cutting a patch out of an uncompressed,
 memory-mapped array takes a millisecond. Everything that is the same in every epoch is therefore
@@ -75,7 +75,7 @@ class CachedCase:
 
     @cached_property
     def lesions(self) -> list[np.ndarray]:
-        """The indices of `lesion` by lesion, a 26-connected component; each array is sorted."""
+        """Sorted indices of each lesion, a 26-connected component of the voxels of `lesion`."""
         if not len(self.lesion):
             return []
         voxels = np.stack(np.unravel_index(self.lesion, self.labels.shape))

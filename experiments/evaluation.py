@@ -73,7 +73,7 @@ def evaluate(options: Mapping[str, Any]) -> Path:
 
 
 def with_thresholds(options: Mapping[str, Any]) -> Predictor:
-    """The ensemble at the thresholds asked for; chosen ones are written into the output."""
+    """Load the ensemble with the thresholds asked for; chosen ones are written into the output."""
     if options["thresholds"] != "chosen":
         return Predictor.from_options(options)
     predictor = Predictor.from_options({**options, "thresholds": "checkpoint"})
@@ -106,7 +106,7 @@ def best_point(
 def cases_of_part(
     cases: Sequence[Case], part: str, checkpoints: str | Path | Sequence[str | Path]
 ) -> list[Case]:
-    """The cases with a mask that are in one part of the split of every run.
+    """Select the cases with a mask that are in one part of the split of every run.
 
     Args:
         cases: All cases.

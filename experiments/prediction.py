@@ -45,7 +45,7 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def label_map(folder: Path, case: str) -> Path:
-    """The file in a folder of predictions that holds the label map of a case."""
+    """Return the file in a folder of predictions that holds the label map of a case."""
     return folder / f"{case}.nii.gz"
 
 
@@ -125,7 +125,7 @@ class Predictor:
         return self.preprocessing.spacing_mm
 
     def with_point(self, point: OperatingPoint) -> "Predictor":
-        """The same networks with other thresholds."""
+        """Return a predictor of the same networks with other thresholds."""
         return replace(self, point=point)
 
     def __call__(self, cases: Sequence[Case], output: Path) -> list[str]:

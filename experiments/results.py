@@ -99,7 +99,8 @@ def show(results: Results, folder: RunFolder) -> None:
     table.add_row("folder", str(folder.path))
     table.add_row("choices", "  ".join(f"{key}={value}" for key, value in results.choices.items()))
     for stage in ("val", "test"):
-        table.add_row(stage, _scores(results.metrics, stage))
+        if scores := _scores(results.metrics, stage):  # none of a part without cases
+            table.add_row(stage, scores)
     table.add_row(
         "network",
         f"{results.cost.parameters:,} parameters, {results.cost.gflops:.2f} GFLOP a patch, "

@@ -152,7 +152,7 @@ def test_a_phantom_is_one_patient_at_every_spacing(tmp_path: Path, composed: Com
     assert same == {("a0", "b0"), ("a1", "b1")}
 
     path = tmp_path / "network.ckpt"
-    seen = {"train": {identity: "phantom_0000" for identity in identities["a0"]}, "validation": {}}
+    seen = {"train": dict.fromkeys(identities["a0"], "phantom_0000"), "validation": {}}
     torch.save({"config": {}, checkpoint.SEEN_KEY: seen}, path)
     checkpoint.check_unseen(path, {"c0": identities["c0"], "b1": identities["b1"]})
     with pytest.raises(InputError, match=r"found 1 of 1 .* is b0, its train case phantom_0000"):

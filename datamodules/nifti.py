@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -73,8 +73,9 @@ def identify(path: Path) -> list[str]:
         InputError: The errors of `read_volume`.
     """
     voxels, _ = read_volume(path)
-    digest = hashlib.sha256(np.ascontiguousarray(voxels)).hexdigest()
-    description = str(open_volume(path).header["descrip"].item(), "latin-1")
+    digest = hashlib.sha256(voxels.tobytes()).hexdigest()
+    header: Any = open_volume(path).header
+    description = str(header["descrip"].item(), "latin-1")
     return [f"voxels {digest[:24]}", *([description] if description.startswith(PATIENT) else [])]
 
 

@@ -1,4 +1,4 @@
-"""Patches for training, whole volumes for validation and testing.
+"""Serve patches for training, and whole volumes for validation and testing.
 
 Order, place, scale and augmentation of a patch are a function of (seed, epoch, index) alone, so
 that any number of worker processes, and a resumed run, see the same stream of patches.
@@ -26,7 +26,7 @@ PatchKey = tuple[int, int]  # epoch, index
 
 
 class Volumes(Dataset[dict[str, Any]]):
-    """Whole preprocessed volumes, for validation and testing.
+    """Serves whole preprocessed volumes, for validation and testing.
 
     An item is a dict with
         `image`: (C, X, Y, Z), float32: the channels that the network sees;
@@ -93,7 +93,7 @@ class PatchQueue(tio.Queue):
         cases: Cases of the cache to cut patches from.
         data_set: Turns labels into regions.
         sampler: Draws a patch from a case.
-        augmentation: TorchIO transform of `image` and `labels`.
+        augmentation: TorchIO transform of a subject with `image` and `labels`.
         patches_per_epoch: Length of the queue.
         seed: Seed of the stream of patches.
 
@@ -141,6 +141,9 @@ class PatchQueue(tio.Queue):
         self.balanced_sampler = sampler  # `sampler` is TorchIO's name, of a more general type
         self.augmentation = augmentation
         self.seed = seed
+        every_label = np.arange(256, dtype=np.uint8).reshape(-1, 1, 1)
+        # Regions are nested, so the more of them have a label, the further inside it lies.
+        self.nesting = data_set.to_regions(every_label).sum(0).ravel()
 
     @property
     def iterations_per_epoch(self) -> int:
@@ -156,7 +159,7 @@ class PatchQueue(tio.Queue):
             torch.manual_seed(_hashed(self.seed, epoch, index))
             wants_lesion = sampler.wants_lesion(index)
             lesion = sampler.draw_lesion(case) if wants_lesion else case.lesion[:0]
-            drawn = sampler.draw(case.image, case.labels, lesion)
+            drawn = sampler.draw(case.image, case.labels, lesion, self.nesting)
             patch: Any = self.augmentation(as_subject(drawn))
         labels = patch["labels"].data[0].numpy().astype(np.uint8)
         return {
@@ -229,7 +232,7 @@ class PatchDataModule(pl.LightningDataModule):
         seed: Seed of the stream of patches.
 
     Raises:
-        ValueError: Exact batches are asked for that the numbers of patches do not allow.
+        InputError: Exact batches are asked for that the numbers of patches do not allow.
     """
 
     def __init__(
@@ -247,7 +250,7 @@ class PatchDataModule(pl.LightningDataModule):
         super().__init__()
         lesions = sampler.lesion_share * batch_size
         if sampler.lesion_free and (lesions.denominator > 1 or patches_per_epoch % batch_size):
-            raise ValueError(
+            raise InputError(
                 f"batch_size: with others=lesion_free every batch has exactly "
                 f"{float(sampler.lesion_share):g} with a lesion; expected a number that this "
                 f"divides and that divides {patches_per_epoch} patches, found {batch_size}"
@@ -264,12 +267,12 @@ class PatchDataModule(pl.LightningDataModule):
 
     @property
     def modalities(self) -> Sequence[str]:
-        """Modalities of the data set: the first channels of every image, in this order."""
+        """Return the modalities: the first channels of every image, in this order."""
         return self.data_set.modalities
 
     @property
     def regions(self) -> Sequence[str]:
-        """Regions of the data set: the channels of every mask, in this order."""
+        """Return the regions: the channels of every mask, in this order."""
         return self.data_set.regions
 
     def prepare_data(self) -> None:

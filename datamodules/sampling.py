@@ -1,4 +1,4 @@
-"""Which patches a network sees: how many have a lesion, where they lie, how they are scaled."""
+"""Draw training patches: how many contain a lesion, where they lie and how they are scaled."""
 
 from collections.abc import Callable, Generator, Sequence
 from fractions import Fraction
@@ -13,10 +13,17 @@ from torchio.data import PatchSampler
 
 import grids
 from datamodules.cache import CachedCase
+from errors import InputError
 
 # Takes the channels (C, X, Y, Z) of a case, the first voxel of a box and its sides; returns the
 # channels that a network sees there.
 Cut = Callable[[np.ndarray, Sequence[int], Sequence[int]], np.ndarray]
+
+# A voxel of a scaled patch belongs to a region that has this share of it. Interpolation rounds
+# convex shapes off, so that one half would shrink small lesions: against analytic balls of a radius
+# of 2 voxels, .45 scores a Dice of .89 and .5 one of .87; from a radius of 5 on the two are equal.
+LEAST_SHARE = 0.45
+ROUNDING = 1e-4  # so that a share that equals the least one counts on every machine
 
 
 def cut_with_mirrored(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
@@ -24,7 +31,7 @@ def cut_with_mirrored(volume: np.ndarray, start: Sequence[int], size: Sequence[i
 
     Opposite means mirrored at the middle plane of the volume, x to X - 1 - x. The cache centres
     its volumes on the bounding box of the brain, so this is the mid-sagittal plane unless the head
-    lies askew. Both boxes are later scaled and flipped together, as channels of one patch.
+    lies askew. Both boxes are channels of one patch, so they are scaled and flipped together.
 
     Returns:
         (2 C, *size): the box, then the opposite box.
@@ -72,7 +79,8 @@ class BalancedSampler(PatchSampler):
     Args:
         patch_size: Side of a patch in voxels, one number or three.
         lesion_share: Share of the patches that contain a lesion for certain, 0 to 1.
-        scale: Range of the isotropic scale; above 1 zooms in.
+        scale: Range of the isotropic scale; above 1 zooms in. Labels are scaled as
+            `resample_labels` does.
         others: Where the other patches lie: "anywhere", or "lesion_free".
         halo: Voxels at each side of a patch that a valid-convolution network sees but does not
             predict. What it predicts lies inside the volume; the halo may reach beyond.
@@ -86,7 +94,7 @@ class BalancedSampler(PatchSampler):
         cut: Function that cuts the image of a patch; `whole` shows it all of a case.
 
     Raises:
-        ValueError: An argument has another value.
+        InputError: An argument has another value.
     """
 
     SCALED_ATTEMPTS = 10
@@ -105,10 +113,10 @@ class BalancedSampler(PatchSampler):
     ) -> None:
         super().__init__(patch_size if isinstance(patch_size, int) else tuple(patch_size))  # pyright: ignore
         if not 0 <= lesion_share <= 1:
-            raise ValueError(f"lesion_share: expected 0 to 1, got {lesion_share}")
+            raise InputError(f"lesion_share: expected 0 to 1, found {lesion_share}")
         low, high = scale
         if not 0 < low <= high:
-            raise ValueError(f"scale: expected 0 < low <= high, got {low}, {high}")
+            raise InputError(f"scale: expected 0 < low <= high, found {low}, {high}")
         self.lesion_share = Fraction(lesion_share).limit_denominator(10_000)
         for name, value, known in (
             ("others", others, ("anywhere", "lesion_free")),
@@ -116,10 +124,10 @@ class BalancedSampler(PatchSampler):
             ("uniform_over", uniform_over, ("voxels", "lesions")),
         ):
             if value not in known:
-                raise ValueError(f"{name}: expected {' or '.join(known)}, got {value}")
+                raise InputError(f"{name}: expected {' or '.join(known)}, found {value}")
         if min(self.size) <= 2 * halo:
-            raise ValueError(
-                f"patch_size: expected more than twice the halo of {halo}, got {min(self.size)}"
+            raise InputError(
+                f"patch_size: expected more than twice the halo of {halo}, found {min(self.size)}"
             )
         self.scale = (low, high)
         self.lesion_free = others == "lesion_free"
@@ -132,7 +140,7 @@ class BalancedSampler(PatchSampler):
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Sides of a patch in voxels."""
+        """Return the sides of a patch in voxels."""
         x, y, z = map(int, self.patch_size)
         return x, y, z
 
@@ -157,7 +165,13 @@ class BalancedSampler(PatchSampler):
         """Tell whether any patch of the labels (X, Y, Z), at scale 1, contains no lesion."""
         return len(self._lesion_free_starts(labels)) > 0
 
-    def draw(self, image: np.ndarray, labels: np.ndarray, lesion: np.ndarray) -> Patch:
+    def draw(
+        self,
+        image: np.ndarray,
+        labels: np.ndarray,
+        lesion: np.ndarray,
+        nesting: np.ndarray | None = None,
+    ) -> Patch:
         """Draw a patch with torch's global random generator.
 
         Args:
@@ -165,35 +179,42 @@ class BalancedSampler(PatchSampler):
             labels: (X, Y, Z), canonical.
             lesion: Flat indices (N,) into `labels`; the patch is cut around one of these voxels.
                 If there are none, it is one of the other patches.
+            nesting: How far inside the others each label from 0 to 255 lies, (256,), see
+                `resample_labels`; by default, higher labels lie inside lower ones.
 
         Raises:
-            ValueError: A lesion-free patch is wanted of a volume that has none.
+            InputError: A lesion-free patch is wanted of a volume that has none.
         """
+        nesting = np.arange(256) if nesting is None else nesting
         if not len(lesion) and self.lesion_free:
-            return self._draw_lesion_free(image, labels)
+            return self._draw_lesion_free(image, labels, nesting)
         for _ in range(self.SCALED_ATTEMPTS):
             scale = self._draw_scale()
             start = self._draw_start(labels, lesion, scale)
-            patch = self._cut_patch(image, labels, start, scale)
+            patch = self._cut_patch(image, labels, start, scale, nesting)
             # A lesion of a few voxels can fall between the grid points of a coarser patch.
             if not len(lesion) or self.contains_lesion(patch):
                 return patch
         start = self._draw_start(labels, lesion, scale=1)
-        return self._cut_patch(image, labels, start, scale=1)
+        return self._cut_patch(image, labels, start, 1, nesting)
 
-    def _draw_lesion_free(self, image: np.ndarray, labels: np.ndarray) -> Patch:
+    def _draw_lesion_free(
+        self, image: np.ndarray, labels: np.ndarray, nesting: np.ndarray
+    ) -> Patch:
         for _ in range(self.LESION_FREE_ATTEMPTS):
             scale = self._draw_scale()
             start = self._draw_start(labels, labels[:0], scale)
-            patch = self._cut_patch(image, labels, start, scale)
+            patch = self._cut_patch(image, labels, start, scale, nesting)
             # Patches of nothing but air are drawn again: they teach a network nothing.
             if not self.contains_lesion(patch) and patch.image[(..., *self._counted_box)].any():
                 return patch
         starts = self._lesion_free_starts(labels)
         if not len(starts):
-            raise ValueError("lesion_free: every patch of this volume contains a lesion")
+            raise InputError(
+                "sampler.others: expected a lesion-free patch, found none in this volume"
+            )
         start = starts[int(torch.randint(len(starts), ()))]
-        return self._cut_patch(image, labels, _triple(int(first) for first in start), scale=1)
+        return self._cut_patch(image, labels, _triple(int(first) for first in start), 1, nesting)
 
     def contains_lesion(self, patch: Patch) -> bool:
         """Tell whether a patch has a lesion in the part that counts, see `lesion_in`."""
@@ -201,7 +222,7 @@ class BalancedSampler(PatchSampler):
 
     @property
     def _counted_box(self) -> tuple[slice, ...]:
-        """The part of a patch where a lesion counts."""
+        """Return the part of a patch where a lesion counts."""
         return tuple(slice(self.margin, side - self.margin) for side in self.size)
 
     def _draw_scale(self) -> float:
@@ -258,19 +279,23 @@ class BalancedSampler(PatchSampler):
         return np.argwhere(sums == 0) + [first for first, _ in ranges]
 
     def _cut_patch(
-        self, image: np.ndarray, labels: np.ndarray, start: tuple[int, int, int], scale: float
+        self,
+        image: np.ndarray,
+        labels: np.ndarray,
+        start: tuple[int, int, int],
+        scale: float,
+        nesting: np.ndarray,
     ) -> Patch:
         """Cut the box that a patch shows at a scale, and resample it to the size of the patch."""
         size, _ = self._source_box(scale, self.halo)
         box_image = torch.from_numpy(self.cut(image, start, size)).float()
-        box_labels = torch.from_numpy(grids.cut(labels, start, size))
-        if size == self.size:
-            return Patch(box_image, box_labels)
-        return Patch(
-            F.interpolate(box_image[None], self.size, mode="trilinear", align_corners=False)[0],
-            # `nearest-exact` puts its grid points where `trilinear` does; `nearest` shifts them.
-            F.interpolate(box_labels[None, None], self.size, mode="nearest-exact")[0, 0],
-        )
+        box_labels = grids.cut(labels, start, size)
+        if size != self.size:
+            box_image = F.interpolate(
+                box_image[None], self.size, mode="trilinear", align_corners=False
+            )[0]
+            box_labels = resample_labels(box_labels, self.size, nesting)
+        return Patch(box_image, torch.from_numpy(box_labels))
 
     def _generate_patches(
         self, subject: tio.Subject, num_patches: int | None = None
@@ -284,6 +309,88 @@ class BalancedSampler(PatchSampler):
             patch = self.draw(image, labels, lesion if self.wants_lesion(index) else lesion[:0])
             yield as_subject(patch)
             index += 1
+
+
+def resample_labels(
+    labels: np.ndarray, size: tuple[int, int, int], nesting: np.ndarray
+) -> np.ndarray:
+    """Resample labels so that every region follows the image, which is interpolated trilinearly.
+
+    Nearest neighbours would lag the image by up to half a voxel. Instead, each region is a mask of
+    zeros and ones that is interpolated as the image is, and holds where it reaches `LEAST_SHARE`.
+    A part of a region that reaches it nowhere near keeps its nearest voxels, so that the smallest
+    lesions do not vanish from the labels while the image still shows them.
+
+    Args:
+        labels: (X, Y, Z) uint8, canonical.
+        size: Shape of the result. Its corners are those of `labels`, as with
+            `F.interpolate(..., align_corners=False)`.
+        nesting: (256,), a number for each label. A label and all labels of higher numbers form a
+            region; it lies inside the regions of labels of lower numbers.
+
+    Returns:
+        Labels of shape `size`, uint8.
+    """
+    resampled = np.zeros(size, np.uint8)
+    # Only the surroundings of a region can be in it, and they are a small part of most patches.
+    outer = _widened(grids.bounding_box(labels > 0))
+    found = labels[outer]
+    present = np.flatnonzero(np.bincount(found.ravel()))
+    region = found > 0
+    for label in sorted(present[present > 0], key=lambda label: nesting[label]):
+        inner = _widened(grids.bounding_box(region))
+        nearest = region[inner]
+        shares = torch.from_numpy(nearest).float()
+        target: list[slice] = []
+        for axis, (around, side) in enumerate(zip(outer, inner, strict=True)):
+            box = slice(around.start + side.start, around.start + side.stop)
+            weights, reached = _linear_weights(labels.shape[axis], size[axis], box)
+            # Each turn interpolates the first axis and puts it last: after three, all is in order.
+            shares = shares.movedim(0, -1) @ weights.T
+            nearest = nearest.take(weights.argmax(1).numpy(), axis)
+            target.append(reached)
+        is_inside = shares.numpy() >= LEAST_SHARE - ROUNDING
+        is_inside |= nearest & ~_dilated(is_inside)
+        resampled[tuple(target)][is_inside] = label
+        region &= found != label
+    return resampled
+
+
+def _widened(box: tuple[slice, ...]) -> tuple[slice, ...]:
+    """Widen a box by a voxel at each side; its end may lie beyond the volume."""
+    return tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)
+
+
+def _linear_weights(source: int, length: int, side: slice) -> tuple[Tensor, slice]:
+    """Return the weights of linear interpolation along one axis.
+
+    Args:
+        source: Voxels along the axis.
+        length: Voxels along the axis after interpolation.
+        side: Voxels that matter; those beyond the source are left out.
+
+    Returns:
+        Weights (N, S) of the S voxels of `side` in the N voxels that they reach; these N voxels.
+    """
+    identity = torch.eye(source)[None]
+    weights = F.interpolate(identity, length, mode="linear", align_corners=False)[0].T[:, side]
+    reached = weights.any(1).nonzero().flatten().tolist()
+    target = slice(reached[0], reached[-1] + 1) if reached else slice(0, 0)
+    return weights[target], target
+
+
+def _dilated(mask: np.ndarray) -> np.ndarray:
+    """Add the 26 neighbours of all true voxels to a mask (X, Y, Z)."""
+    dilated = mask.copy()
+    dilated[1:] |= mask[:-1]
+    dilated[:-1] |= mask[1:]
+    mask = dilated.copy()
+    dilated[:, 1:] |= mask[:, :-1]
+    dilated[:, :-1] |= mask[:, 1:]
+    mask = dilated.copy()
+    dilated[:, :, 1:] |= mask[:, :, :-1]
+    dilated[:, :, :-1] |= mask[:, :, 1:]
+    return dilated
 
 
 def as_subject(patch: Patch) -> tio.Subject:

@@ -95,11 +95,16 @@ def best_point(
     point = candidates.best(with_least_volume)
     without = replace(point, least_mm3={})
     for region, value in candidates.mean_dice(without).items():
-        line = f"threshold of {region}: {point.thresholds[region]:g}, Dice {value:.3f}"
-        if region in with_least_volume:
-            better = candidates.mean_dice(point)[region]
-            line += f"; with at least {point.least_mm3[region]:g} mm³ {better:.3f}"
-        print(f"{line} ({len(cases)} cases)")
+        having = candidates.cases_with(region)
+        threshold = point.thresholds[region]
+        line = f"threshold of {region}: {threshold:g}, Dice {value:.3f} ({having} cases)"
+        if others := len(cases) - having:
+            alarms = candidates.false_alarm_rate(without)[region]
+            line += f", false alarms in {alarms:.0%} of {others} others"
+            if region in with_least_volume:
+                fewer = candidates.false_alarm_rate(point)[region]
+                line += f", in {fewer:.0%} with at least {point.least_mm3[region]:g} mm³"
+        print(line)
     return point
 
 

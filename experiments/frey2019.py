@@ -88,22 +88,26 @@ def table_1(rows: Rows, regions: Sequence[str]) -> list[dict[str, str]]:
     return table
 
 
-def empty_masks(rows: Rows, regions: Sequence[str]) -> list[dict[str, str]]:
-    """Count the cases in which the truth or the prediction has no voxel of a region.
+def false_alarms(rows: Rows, regions: Sequence[str]) -> list[dict[str, str]]:
+    """Say what the scores of each region rest on, and what is predicted where it is not.
 
-    The counts stand below table 1 because an empty mask weighs much: one case of a hundred moves
-    mean Dice by .01 and mean HD95 by 3.7 mm.
+    Scores are over the cases that have a region. In the others, one predicted voxel more or less
+    would decide between the best and the worst score.
     """
     table = []
     for region in reversed(regions):
-        counts = [(row[f"voxels_{region}"], row[f"true_voxels_{region}"]) for row in rows.values()]
+        found = np.array([row[f"voxels_{region}"] for row in rows.values()])
+        true = np.array([row[f"true_voxels_{region}"] for row in rows.values()])
+        alarms_mm3 = np.array([row[f"false_alarm_mm3_{region}"] for row in rows.values()])
+        alarms_mm3 = alarms_mm3[alarms_mm3 > 0]
         table.append(
             {
                 "region": region,
-                "cases": str(len(counts)),
-                "no truth": str(sum(true == 0 for _, true in counts)),
-                "no prediction": str(sum(found == 0 for found, _ in counts)),
-                "neither": str(sum(found == 0 and true == 0 for found, true in counts)),
+                "cases with it": str(int((true > 0).sum())),
+                "of these, none predicted": str(int(((true > 0) & (found == 0)).sum())),
+                "cases without it": str(int((true == 0).sum())),
+                "of these, false alarms": str(len(alarms_mm3)),
+                "their volume (mm³)": f"{alarms_mm3.mean():.0f}" if len(alarms_mm3) else "-",
             }
         )
     return table
@@ -145,11 +149,12 @@ def draw_figure_4(rows: Rows, regions: Sequence[str], path: Path) -> None:
 
 
 def median_case(pairs: Sequence[Pair], rows: Rows, regions: Sequence[str]) -> Pair:
-    """Find the case whose mean Dice over the regions is the median one; NaN counts as 0."""
+    """Find the case whose mean Dice over the regions that it has is the median one."""
 
     def mean_dice(pair: Pair) -> float:
         row = rows[pair.case.name]
-        return float(np.nan_to_num([row[f"dice_{region}"] for region in regions]).mean())
+        scores = np.array([row[f"dice_{region}"] for region in regions])
+        return float(np.nan_to_num(scores).sum() / max(1, np.count_nonzero(~np.isnan(scores))))
 
     return sorted(pairs, key=mean_dice)[len(pairs) // 2]
 
@@ -247,12 +252,18 @@ class ErrorMap:
         figure.savefig(path, dpi=120)
 
 
+def _basis(cases: int, convention: str) -> str:
+    if convention == "nan":
+        return f"{cases} cases; the scores of a region are over those that have it."
+    return f"{cases} cases; a case without a region is scored as in `{convention}`."
+
+
 def write_report(
     predictions: BraTSMasks,
     data_set: DataSet,
     cases: Sequence[Case],
     output: Path,
-    convention: str = "brats2020",
+    convention: str = "nan",
     least_mm3: Mapping[str, float] | None = None,
 ) -> Path:
     """Score predictions; write `cases.csv`, `table1.md`, `table1.csv` and the figures.
@@ -299,8 +310,8 @@ def write_report(
     write_csv(output / "cases.csv", [{"case": name, **row} for name, row in rows.items()])
     table = table_1(rows, regions)
     write_csv(output / "table1.csv", table)
-    lines = [f"{len(pairs)} cases, empty masks as in `{convention}`.", "", markdown(table), ""]
-    lines += [markdown(empty_masks(rows, regions)), ""]
+    lines = [_basis(len(pairs), convention), "", markdown(table), ""]
+    lines += [markdown(false_alarms(rows, regions)), ""]
     if least_mm3:
         changed = any(filtered_rows[name] is not rows[name] for name in rows)
         same = "" if changed else " the same"

@@ -1,7 +1,8 @@
 """From probabilities to masks: a threshold and a least volume for each region.
 
-Both are chosen on validation or training cases, by the mean Dice, and kept in a file with the
-ensemble that they were chosen for (Frey & Nau 2019, section 2.3).
+Both are chosen on validation or training cases and kept in a file with the ensemble that they were
+chosen for (Frey & Nau 2019, section 2.3): the threshold by the mean Dice over the cases that have
+the region, the least volume by the false alarms in the cases that do not.
 """
 
 import json
@@ -19,6 +20,7 @@ from files import write_json
 PAPER = {"WT": 0.55, "TC": 0.5, "ET": 0.4}
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 LEAST_MM3 = (0.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+LEAST_VOLUME_COST = 0.005  # of mean Dice, at most, for fewer false alarms
 MOST_OF_BRAIN = 0.5  # no region of a tumour covers more
 
 
@@ -163,7 +165,7 @@ def without_small(
 
 @dataclass
 class Candidates:
-    """Collects the Dice of every threshold and least volume, case by case.
+    """Collects Dice and false alarms of every threshold and least volume, case by case.
 
     Each region is tuned by itself, although one lies within another: in the range of useful
     thresholds that changes little, and the choice does not depend on an order of the regions.
@@ -175,12 +177,15 @@ class Candidates:
 
     regions: Sequence[str]
     voxel_mm3: float
-    scores: list[np.ndarray] = field(default_factory=list)  # a case: (R, thresholds, volumes)
+    # A case: (R, thresholds, volumes). Dice is NaN in a case without the region, false alarms (0 or
+    # 1) are NaN in a case with it.
+    dice: list[np.ndarray] = field(default_factory=list)
+    false_alarms: list[np.ndarray] = field(default_factory=list)
 
     def add(self, probabilities: np.ndarray, truth: np.ndarray) -> None:
         """Add a case: probabilities and masks (R, X, Y, Z)."""
         edges = (-np.inf, *THRESHOLDS, np.inf)
-        rows = []
+        dice, false_alarms = [], []
         for probability, mask in zip(probabilities, truth, strict=True):
             # Count the voxels above each threshold, in all and inside the region, by histograms.
             # Bins are closed to the left, but a threshold must be exceeded: hence the negation.
@@ -190,34 +195,51 @@ class Candidates:
             )
             kept = above[:, None] * self.voxel_mm3 >= np.array(LEAST_MM3)
             predicted, hit = above[:, None] * kept, hit[:, None] * kept
+            nothing = np.full(predicted.shape, np.nan)
             total = predicted + mask.sum()
-            rows.append(np.where(total == 0, 1.0, 2 * hit / np.maximum(total, 1)))
-        self.scores.append(np.stack(rows))
+            dice.append(2 * hit / total if mask.any() else nothing)
+            false_alarms.append(nothing if mask.any() else (predicted > 0).astype(float))
+        self.dice.append(np.stack(dice))
+        self.false_alarms.append(np.stack(false_alarms))
 
     def best(self, with_least_volume: Sequence[str] = ()) -> OperatingPoint:
-        """Find the best mean Dice; of equals the smallest volume, then the threshold nearest 0.5.
+        """Find the thresholds with the best mean Dice; of equals the one nearest to 0.5.
+
+        A least volume is the smallest one with the fewest false alarms, of those that cost little
+        Dice. A region that no case has keeps 0.5, and one that all cases have no least volume.
 
         Args:
             with_least_volume: Regions that get a least volume too.
         """
-        mean = np.mean(self.scores, axis=0)
         thresholds: dict[str, float] = {}
         least_mm3: dict[str, float] = {}
-        for region, table in zip(self.regions, mean, strict=True):
-            volumes = len(LEAST_MM3) if region in with_least_volume else 1
-            table = table[:, :volumes]
-            candidates = np.argwhere(table >= table.max() - 1e-9)
-            threshold, volume = min(
-                candidates.tolist(), key=lambda place: (place[1], abs(THRESHOLDS[place[0]] - 0.5))
-            )
+        dice, false_alarms = mean_over_cases(self.dice), mean_over_cases(self.false_alarms)
+        for region, scores, alarms in zip(self.regions, dice, false_alarms, strict=True):
+            by_threshold = np.nan_to_num(scores[:, 0])
+            candidates = np.flatnonzero(by_threshold >= by_threshold.max() - 1e-9)
+            threshold = min(candidates.tolist(), key=lambda place: abs(THRESHOLDS[place] - 0.5))
             thresholds[region] = THRESHOLDS[threshold]
             if region in with_least_volume:
-                least_mm3[region] = LEAST_MM3[volume]
+                cheap = scores[threshold] >= scores[threshold, 0] - LEAST_VOLUME_COST
+                cheap |= np.isnan(scores[threshold])
+                alarms_left = np.where(cheap, np.nan_to_num(alarms[threshold]), np.inf)
+                least_mm3[region] = LEAST_MM3[int(alarms_left.argmin())]
         return OperatingPoint(thresholds, least_mm3)
 
     def mean_dice(self, point: OperatingPoint) -> dict[str, float]:
-        """Mean Dice of each region over the cases, at an operating point of this grid."""
-        mean = np.mean(self.scores, axis=0)
+        """Mean Dice of each region over the cases that have it, at a point of this grid."""
+        return self._at(mean_over_cases(self.dice), point)
+
+    def false_alarm_rate(self, point: OperatingPoint) -> dict[str, float]:
+        """Share of the cases without each region in which it is predicted; NaN if there is none."""
+        return self._at(mean_over_cases(self.false_alarms), point)
+
+    def cases_with(self, region: str) -> int:
+        """Number of cases that have a region."""
+        place = list(self.regions).index(region)
+        return sum(not np.isnan(scores[place, 0, 0]) for scores in self.dice)
+
+    def _at(self, means: np.ndarray, point: OperatingPoint) -> dict[str, float]:
         return {
             region: float(
                 table[
@@ -225,5 +247,12 @@ class Candidates:
                     LEAST_MM3.index(point.least_mm3.get(region, 0.0)),
                 ]
             )
-            for region, table in zip(self.regions, mean, strict=True)
+            for region, table in zip(self.regions, means, strict=True)
         }
+
+
+def mean_over_cases(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """Average tables of cases where they are not NaN; NaN where all of them are."""
+    stacked = np.stack(tables)
+    known = (~np.isnan(stacked)).sum(0)
+    return np.where(known, np.nansum(stacked, 0) / np.maximum(known, 1), np.nan)

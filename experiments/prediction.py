@@ -250,6 +250,10 @@ def dice_of_file(written: Path, case: Case, data_set: DataSet) -> str:
     prediction, truth = (torch.from_numpy(masks)[None] for masks in (both.prediction, both.truth))
     nothing_outside = torch.zeros(truth.shape[:2], dtype=torch.int64)
     scores = dice(prediction, truth, nothing_outside)[0].tolist()
+    volumes_mm3 = both.prediction.sum((1, 2, 3)) * np.prod(both.spacing_mm)
     return "Dice " + "  ".join(
-        f"{region} {score:.3f}" for region, score in zip(data_set.regions, scores, strict=True)
+        f"{region} none ({volume_mm3:.0f} mm³ predicted)"
+        if np.isnan(score)
+        else f"{region} {score:.3f}"
+        for region, score, volume_mm3 in zip(data_set.regions, scores, volumes_mm3, strict=True)
     )

@@ -125,8 +125,9 @@ def fit_and_test(
 def train_without_validation(trainer: pl.Trainer) -> None:
     """Take out of a trainer what waits for validation scores that will never come."""
     trainer.limit_val_batches = 0
-    for callback in list(trainer.callbacks):
+    callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in list(callbacks):
         if isinstance(callback, ModelCheckpoint):
             callback.monitor = None  # keeps the last weights
         elif isinstance(callback, EarlyStopping):
-            trainer.callbacks.remove(callback)
+            callbacks.remove(callback)

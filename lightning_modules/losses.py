@@ -41,10 +41,10 @@ class Loss(Protocol):
         ...
 
 
-def soft_dice(
+def soft_dice_by_case(
     logits: Float[Tensor, "b r *xyz"], mask: Shaped[Tensor, "b r *xyz"], smooth: float = 100.0
-) -> Float[Tensor, " r"]:
-    """Compute the soft Dice loss of each region (equation 1), averaged over the batch.
+) -> Float[Tensor, "b r"]:
+    """Compute the soft Dice loss of each region of each case (equation 1).
 
     The paper prints `1 - 2(Σtp + s)/(Σt² + Σp² + s)`, which is -1 if both masks are empty, although
     its text gives the interval [0, 1]. This is `1 - (2Σtp + s)/(Σt² + Σp² + s)`, which lies in it.
@@ -59,7 +59,14 @@ def soft_dice(
     truth = mask.float().flatten(2)
     overlap = (truth * probability).sum(-1)
     total = truth.square().sum(-1) + probability.square().sum(-1)
-    return (1 - (2 * overlap + smooth) / (total + smooth)).mean(0)
+    return 1 - (2 * overlap + smooth) / (total + smooth)
+
+
+def soft_dice(
+    logits: Float[Tensor, "b r *xyz"], mask: Shaped[Tensor, "b r *xyz"], smooth: float = 100.0
+) -> Float[Tensor, " r"]:
+    """Average `soft_dice_by_case` over the batch."""
+    return soft_dice_by_case(logits, mask, smooth).mean(0)
 
 
 def reconstruction_l2(
@@ -117,13 +124,24 @@ class RegionDice(nn.Module):
         self.register_buffer("weights", by_channel, persistent=False)
 
     def forward(self, output: Any, batch: Mapping[str, Any]) -> Terms:  # noqa: ANN401
-        return self.on_volume(output.logits, batch)
+        """Return `dice_<region>` of each region, unweighted, and their weighted sum, `loss`."""
+        by_region = soft_dice(output.logits, batch["mask"], self.smooth)
+        return {**self._by_name(by_region), "loss": (self.weights * by_region).sum()}
 
     def on_volume(self, logits: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> Terms:
-        """Return `dice_<region>` of each region, unweighted, and their weighted sum, `loss`."""
-        by_region = soft_dice(logits, batch["mask"], self.smooth)
-        terms = dict(zip((f"dice_{region}" for region in self.regions), by_region, strict=True))
-        return {**terms, "loss": (self.weights * by_region).sum()}
+        """Return `dice_<region>` of each region, and their `loss` over the regions that a case has.
+
+        The loss of a case is the weighted mean over its regions, times the sum of all weights. A
+        region that a whole volume does not have would add up to half of the loss as soon as a few
+        voxels are above zero, and early stopping would follow such cases.
+        """
+        by_case = soft_dice_by_case(logits, batch["mask"], self.smooth)
+        weights = self.weights * batch["mask"].flatten(2).any(-1)
+        of_case = (weights * by_case).sum(1) / weights.sum(1).clamp(min=1e-6)
+        return {**self._by_name(by_case.mean(0)), "loss": of_case.mean() * self.weights.sum()}
+
+    def _by_name(self, by_region: Float[Tensor, " r"]) -> Terms:
+        return dict(zip((f"dice_{region}" for region in self.regions), by_region, strict=True))
 
 
 class AutoencoderLoss(nn.Module):

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torchio as tio
 import yaml
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from datamodules.augmentation import RandomIntensity
 from experiments.command import one_line
 from lightning_modules.networks.dnet import GEOMETRY
 from tests.conftest import ROOT
@@ -190,6 +192,40 @@ def test_a_sweep_over_an_axis_that_the_network_lacks_is_one_line(arguments: list
     assert f"{group}: not a group of this model" in line
 
 
+@pytest.mark.parametrize(
+    ("augmentation", "scale", "transforms"),
+    [
+        ("paper", [0.9, 1.1], ["RandomFlip", "RandomIntensity"]),
+        ("spatial", [0.9, 1.1], ["RandomFlip"]),
+        ("intensity", [1, 1], ["RandomFlip", "RandomIntensity"]),
+        ("none", [1, 1], []),
+    ],
+)
+def test_an_augmentation_scales_flips_and_changes_intensities_as_its_name_says(
+    composed: Compose, augmentation: str, scale: list[float], transforms: list[str]
+):
+    config = composed(f"augmentation={augmentation}", "inputs=both")
+    data = instantiate(config.data, _convert_="all")
+    assert list(data.sampler.scale) == scale
+    transform = data.augmentation
+    steps = list(transform.transforms) if isinstance(transform, tio.Compose) else [transform]
+    assert [step.name for step in steps] == transforms
+    assert not any(step.copy for step in (transform, *steps))
+    for step in steps:
+        if isinstance(step, tio.RandomFlip):
+            assert (step.axes, step.flip_probability) == ((0, 1, 2), 0.5)
+        if isinstance(step, RandomIntensity):
+            assert (step.scale, step.shift) == ((0.9, 1.1), (-0.1, 0.1))
+            assert step.modality_of_channels == [0, 1, 2, 3, None] * 2
+
+
+@pytest.mark.parametrize("inputs", OPTIONS["inputs"])
+def test_intensities_are_changed_of_as_many_channels_as_there_are(composed: Compose, inputs: str):
+    config = composed("augmentation=paper", f"inputs={inputs}")
+    transform = instantiate(config.augmentation.transform, _convert_="all")
+    assert len(transform["intensity"].modality_of_channels) == config.inputs.channels
+
+
 @pytest.mark.parametrize("data", OPTIONS["data"])
 @pytest.mark.parametrize("model", OPTIONS["model"])
 def test_a_data_option_writes_data_only(composed: Compose, data: str, model: str):
@@ -233,6 +269,7 @@ def test_numbers_of_frey_and_nau(composed: Compose):
     assert (config.data.patches_per_epoch, config.data.batch_size) == (2101, 1)
     assert config.data.cache.spacing_mm == 1
     assert list(config.data.cache.crop) == [160, 190, 140]
+    assert config.data.augmentation == composed("augmentation=paper").data.augmentation
     assert list(config.data.sampler.scale) == [0.9, 1.1]
     assert config.callbacks.early_stopping.patience == 2
     assert (config.scheduler.power, config.scheduler.total_iters) == (0.9, 50)
@@ -253,7 +290,10 @@ def test_numbers_of_krivov_and_belyaev(composed: Compose):
     assert config.filters == {"base": 16, "ratio": 2}
     assert (config.geometry.halo, config.geometry.stride) == GEOMETRY == (26, 4)
     assert instantiate(config.data.sampler).halo == 26
-    config = composed("experiment=krivov2018", "model=unet")
+    for model in ("dnet", "unet"):
+        config = composed("experiment=krivov2018", f"model={model}")
+        assert list(config.data.sampler.scale) == [1, 1]
+        assert not config.data.augmentation.transforms
     assert list(config.data.sampler.patch_size) == [144, 160, 128]
     assert (config.data.batch_size, config.data.sampler.halo) == (2, 0)
     assert config.split.test == 0.2

@@ -70,7 +70,7 @@ def test_a_sweep_is_two_runs_with_results_and_dashboards(tiny: list[str], tmp_pa
         ):
             assert (folder / name).is_file(), name
         rows = (folder / "cases.csv").read_text().splitlines()
-        assert rows[0] == "case,dice_WT,dice_TC,dice_ET"
+        assert rows[0].startswith("case,dice_WT,dice_TC,dice_ET,false_alarm_mm3_WT")
         assert len(rows) == 3
         for row in rows[1:]:
             with Image.open(folder / "pictures" / f"{row.split(',')[0]}.png") as picture:

@@ -26,7 +26,7 @@ class Convention(NamedTuple):
     Attributes:
         agreed: Dice and sensitivity if truth and prediction are empty.
         agreed_mm: HD95 if truth and prediction are empty.
-        false_alarm: Sensitivity if only the truth is empty.
+        false_alarm: Dice and sensitivity if only the truth is empty.
         missing_mm: HD95 if one of them is empty, computed from the extents of the grid in mm.
     """
 
@@ -40,7 +40,8 @@ CONVENTIONS = {
     # The diagonal of the BraTS grid is 373.13 mm.
     "brats2020": Convention(1.0, 0.0, 0.0, missing_mm=lambda extent_mm: math.hypot(*extent_mm)),
     "brats2023": Convention(1.0, 0.0, 0.0, missing_mm=lambda extent_mm: 374.0),
-    # Means leave out NaN; tables give the number of cases beside them.
+    # Scores are over the cases that have the region. What is predicted in the others stands beside
+    # them: mixed in, one voxel more or less would move such a case from 1 to 0.
     "nan": Convention(math.nan, math.nan, math.nan, missing_mm=lambda extent_mm: math.nan),
 }
 
@@ -50,7 +51,7 @@ def dice(
     truth: Bool[Tensor, "b r x y z"],
     outside: Int[Tensor, "b r"],
 ) -> Float64[Tensor, "b r"]:
-    """Compute Dice of each region of each case; 1 if truth and prediction are empty (`brats2020`).
+    """Compute Dice of each region of each case; NaN if the case does not have the region.
 
     Args:
         prediction: Predicted masks.
@@ -59,15 +60,16 @@ def dice(
     """
     sums = (2, 3, 4)
     overlap = (prediction & truth).sum(sums).double()
-    total = prediction.sum(sums) + truth.sum(sums) + outside
-    return torch.where(total == 0, 1.0, 2 * overlap / total.clamp(min=1))
+    true = truth.sum(sums) + outside
+    total = prediction.sum(sums) + true
+    return torch.where(true == 0, torch.nan, 2 * overlap / total.clamp(min=1))
 
 
 def region_scores(
     prediction: Bool[np.ndarray, "x y z"],
     truth: Bool[np.ndarray, "x y z"],
     spacing_mm: Sequence[float] = (1, 1, 1),
-    convention: str = "brats2020",
+    convention: str = "nan",
 ) -> dict[str, float]:
     """Compute `SCORES` of one region of one case.
 
@@ -92,8 +94,12 @@ def region_scores(
         hd95_mm = hd95_pooled_mm = empty.missing_mm(extent_mm)
     else:
         sensitivity, hd95_mm, hd95_pooled_mm = empty.agreed, empty.agreed_mm, empty.agreed_mm
+    if true:
+        dice = 2 * hit / (predicted + true)
+    else:
+        dice = empty.false_alarm if predicted else empty.agreed
     return {
-        "dice": 2 * hit / (predicted + true) if predicted + true else empty.agreed,
+        "dice": dice,
         "sensitivity": sensitivity,
         "specificity": 1 - (predicted - hit) / background if background else empty.agreed,
         "hd95_mm": hd95_mm,
@@ -106,7 +112,7 @@ def case_scores(
     truth: Bool[np.ndarray, "r x y z"],
     regions: Sequence[str],
     spacing_mm: Sequence[float] = (1, 1, 1),
-    convention: str = "brats2020",
+    convention: str = "nan",
 ) -> dict[str, float]:
     """Compute the row of a case in an evaluation, on the uncropped grid that it is stored on.
 
@@ -118,13 +124,16 @@ def case_scores(
         convention: Name of the rules for empty masks, one of `CONVENTIONS`.
 
     Returns:
-        `<score>_<region>` for all of `SCORES`, and `voxels_<region>` and `true_voxels_<region>`,
-        the volumes of both masks, which tell whether one was empty.
+        `<score>_<region>` for all of `SCORES`; `voxels_<region>` and `true_voxels_<region>`, the
+        sizes of both masks; `false_alarm_mm3_<region>`, the volume predicted in a case that does
+        not have the region, NaN in a case that has it.
     """
     row: dict[str, float] = {}
     for region, found, true in zip(regions, prediction, truth, strict=True):
         scores = region_scores(found, true, spacing_mm, convention)
         scores |= {"voxels": int(found.sum()), "true_voxels": int(true.sum())}
+        volume_mm3 = scores["voxels"] * math.prod(spacing_mm)
+        scores["false_alarm_mm3"] = math.nan if scores["true_voxels"] else volume_mm3
         row |= {f"{name}_{region}": value for name, value in scores.items()}
     return row
 
@@ -132,32 +141,67 @@ def case_scores(
 class RegionMetrics(CaseMetrics):
     """Computes Dice of every region during training, on the volumes that the network sees.
 
+    The Dice of a region is a mean over the cases that have the region. What is predicted in the
+    other cases has scores of its own.
+
     Args:
         regions: Names of the output channels, in order.
+        spacing_mm: Edge of a voxel.
         threshold: Probability above which a voxel belongs to a region.
     """
 
-    def __init__(self, regions: Sequence[str], threshold: float = 0.5) -> None:
+    def __init__(
+        self, regions: Sequence[str], spacing_mm: float = 1.0, threshold: float = 0.5
+    ) -> None:
         super().__init__(threshold)
-        self.names = [f"dice_{region}" for region in regions]
-        self.best_is_highest = ("dice", *self.names)
+        self.regions = list(regions)
+        self.voxel_mm3 = spacing_mm**3
 
     def update(self, probability: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> None:
-        scores = dice(probability > self.threshold, batch["mask"], batch["outside"])
+        prediction = probability > self.threshold
+        scores = dice(prediction, batch["mask"], batch["outside"]).float()
+        alarms_mm3 = prediction.sum((2, 3, 4)).float() * self.voxel_mm3
+        alarms_mm3[~scores.isnan()] = torch.nan
         # Every device has float32, which is exact for an index below 2**24.
-        rows = torch.cat([batch["index"][:, None].float(), scores.float()], dim=1)
-        self.records.append(rows.flatten())
+        index = batch["index"][:, None].float()
+        self.records.append(torch.cat([index, scores, alarms_mm3], dim=1).flatten())
 
     def rows(self) -> dict[int, dict[str, float]]:
+        """Return the scores of every case by its index in the data set, in rising order.
+
+        `dice_<region>` is NaN in a case that does not have the region. `false_alarm_mm3_<region>`
+        is the volume predicted in such a case, and NaN in the others.
+        """
+        names = [f"{score}_{r}" for score in ("dice", "false_alarm_mm3") for r in self.regions]
         with self.over_all_ranks():
-            table = self.flat_records().view(-1, 1 + len(self.names)).tolist()
+            table = self.flat_records().view(-1, 1 + len(names)).tolist()
         return {
-            int(index): dict(zip(self.names, scores, strict=True))
+            int(index): dict(zip(names, scores, strict=True))
             for index, *scores in sorted(table, key=lambda row: row[0])
         }
 
     def compute(self) -> dict[str, float | Tensor]:
-        """Return `dice_<region>`, each the mean over the cases, and the mean of these, `dice`."""
-        table = torch.tensor([list(row.values()) for row in self.rows().values()])
-        by_region = table.nanmean(0)
-        return {**dict(zip(self.names, by_region, strict=True)), "dice": by_region.mean()}
+        """Return scores over all cases, without those that are not defined.
+
+        `dice_<region>` is the mean over the cases that have the region, and `dice` the mean of
+        these. `without_<region>` is the number of the other cases, `false_alarms_<region>` the
+        share of them in which the region is predicted, `false_alarm_mm3_<region>` its mean volume
+        in them.
+        """
+        rows = self.rows().values()
+        scores: dict[str, float | Tensor] = {}
+        for region in self.regions:
+            by_case = torch.tensor([row[f"dice_{region}"] for row in rows])
+            alarms_mm3 = torch.tensor([row[f"false_alarm_mm3_{region}"] for row in rows])
+            without = by_case.isnan()
+            scores[f"without_{region}"] = float(without.sum())
+            if not without.all():
+                scores[f"dice_{region}"] = by_case[~without].mean()
+            if without.any():
+                scores[f"false_alarms_{region}"] = (alarms_mm3[without] > 0).float().mean()
+                scores[f"false_alarm_mm3_{region}"] = alarms_mm3[without].mean()
+        by_region = (scores.get(f"dice_{region}") for region in self.regions)
+        defined = [score for score in by_region if score is not None]
+        if defined:
+            scores["dice"] = torch.stack([torch.as_tensor(value) for value in defined]).mean()
+        return scores

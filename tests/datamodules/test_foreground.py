@@ -1,6 +1,7 @@
 """The foreground: the brain of every stripped scan, and no head that is not."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def brain() -> np.ndarray:
 
 def head_of(brain: np.ndarray, bone: float) -> np.ndarray:
     """Put CSF, bone and scalp around a brain; the intensity of bone is a share of the tissue's."""
-    depth_mm = np.asarray(ndimage.distance_transform_edt(brain == 0, sampling=SPACING_MM))
+    depth_mm: Any = ndimage.distance_transform_edt(brain == 0, sampling=SPACING_MM)
     shells = [depth_mm <= 0, depth_mm <= 3, depth_mm <= 9, depth_mm <= 18]
     return np.select(shells, [brain, 0.4 * TISSUE, bone * TISSUE, 1.2 * TISSUE], 0.0)
 

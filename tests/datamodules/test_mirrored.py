@@ -1,4 +1,4 @@
-"""The mirrored patch: every voxel of it comes from where it should, in training and inference."""
+"""Every voxel of a mirrored patch is the opposite voxel, in training and in inference."""
 
 from itertools import product
 from pathlib import Path
@@ -19,14 +19,14 @@ from tests.conftest import write_brats
 
 
 def numbered(shape: tuple[int, ...], channels: int = 2) -> np.ndarray:
-    """(C, X, Y, Z) without two equal voxels, none of them 0: nothing in it is symmetric."""
+    """Make a volume (C, X, Y, Z) without a symmetry: no two voxels are equal, and none is 0."""
     return 1 + np.arange(channels * np.prod(shape), dtype=np.float32).reshape(channels, *shape)
 
 
 @pytest.mark.parametrize("side", [6, 7])
 @pytest.mark.parametrize("start", [(0, 0, 0), (3, 1, 2), (-2, -1, 0), (4, 2, 3)])
 def test_each_voxel_is_the_one_opposite(side: int, start: tuple[int, int, int]):
-    """By the definition, voxel by voxel: inside, at borders and beyond them."""
+    """The definition holds for every voxel, inside the volume, at its borders and beyond them."""
     volume, size = numbered((side, 5, 6)), (4, 3, 4)
     patch = cut_with_mirrored(volume, start, size)
     assert patch.shape == (4, *size)
@@ -40,7 +40,7 @@ def test_each_voxel_is_the_one_opposite(side: int, start: tuple[int, int, int]):
 
 @pytest.mark.parametrize("side", [6, 7])
 def test_the_mirrored_patch_is_the_opposite_patch_turned_round(side: int):
-    """As the paper puts it: the patch at the mirrored position, flipped onto the patch."""
+    """The paper takes the patch at the mirrored position and flips it onto the patch."""
     volume, start, size = numbered((side, 5, 6)), (1, 1, 1), (2, 3, 4)
     opposite = (side - start[0] - size[0], *start[1:])
     expected = cut(volume, opposite, size)[:, ::-1]
@@ -59,7 +59,7 @@ def test_any_box_of_the_whole_is_the_box_itself(side: int):
 @pytest.mark.parametrize("scale", [0.8, 1.0, 1.3])
 @pytest.mark.parametrize("side", [20, 21])
 def test_scaled_patches_show_both_sides_at_the_same_scale(scale: float, side: int):
-    """x as an image: its mirror image is X - 1 - x, exactly, whatever linear resampling does."""
+    """The image is x, so its mirror image is X - 1 - x, which linear resampling keeps exactly."""
     image = np.broadcast_to(
         np.arange(side, dtype=np.float32)[None, :, None, None], (1, side, 20, 20)
     )
@@ -73,7 +73,7 @@ def test_scaled_patches_show_both_sides_at_the_same_scale(scale: float, side: in
 
 
 def test_training_patches_are_windows_of_the_whole_volume_after_flips(tmp_path: Path):
-    """Whatever was flipped, both sides were: turned back, the patch lies in the whole volume."""
+    """Both hemispheres are flipped alike: flipped back, a patch is a box of the whole volume."""
     data_set = BraTS(write_brats(tmp_path / "data", cases=2, shape=(15, 12, 12)))
     cases = Cache(tmp_path / "cache", 1, "brain").build(data_set.cases(), data_set)
     sampler = BalancedSampler(6, mirrored=True)
@@ -104,7 +104,7 @@ def test_training_patches_are_windows_of_the_whole_volume_after_flips(tmp_path: 
 
 
 class Asymmetry(nn.Module):
-    """Own side less the opposite one: what a network could make of the pair."""
+    """A network that subtracts the opposite hemisphere from the patch."""
 
     def segment(self, x: Tensor) -> Tensor:
         own, opposite = x.chunk(2, dim=1)

@@ -1,4 +1,4 @@
-"""The stream of patches: what is in it, that nothing but (seed, epoch, index) decides it."""
+"""Patches are a function of (seed, epoch, index), balanced, and the same for any workers."""
 
 from collections import Counter
 from itertools import product
@@ -11,6 +11,7 @@ import torch
 import torchio as tio
 from torch.utils.data import DataLoader
 
+from datamodules.augmentation import RandomIntensity
 from datamodules.brats import BraTS
 from datamodules.cache import Cache
 from datamodules.metastases import Metastases
@@ -22,13 +23,22 @@ from tests.conftest import write_brats, write_metastases
 from tests.datamodules.conftest import lesions_at
 
 FLIP = tio.RandomFlip(axes=(0, 1, 2), flip_probability=0.5)
+FLIP_AND_INTENSITY = tio.Compose([FLIP, RandomIntensity((0.9, 1.1), (-0.1, 0.1), modalities=4)])
 
 
-def queue(brats: Path, cache_root: Path, *, share: float = 0.5, seed: int = 0) -> PatchQueue:
+def queue(
+    brats: Path,
+    cache_root: Path,
+    *,
+    share: float = 0.5,
+    seed: int = 0,
+    augmentation: tio.Transform = FLIP_AND_INTENSITY,
+) -> PatchQueue:
+    """Make a queue of 24 patches an epoch, from the cases of a BraTS folder."""
     data_set = BraTS(brats)
     cases = Cache(cache_root, spacing_mm=1, crop="brain").build(data_set.cases(), data_set)
     sampler = BalancedSampler(8, lesion_share=share, scale=(0.9, 1.1))
-    return PatchQueue(cases, data_set, sampler, FLIP, patches_per_epoch=24, seed=seed)
+    return PatchQueue(cases, data_set, sampler, augmentation, patches_per_epoch=24, seed=seed)
 
 
 def stream(patches: PatchQueue, *, workers: int = 0, epoch: int = 0, batch_size: int = 4) -> list:
@@ -96,7 +106,7 @@ def test_seed_and_epoch_change_everything(brats: Path, cache_root: Path):
 
 
 def test_augmentation_moves_image_and_mask_together(tmp_path: Path):
-    """The tumour is what is bright in FLAIR, before and after scaling and flips."""
+    """The tumour is bright in FLAIR, before and after flips, and the mask covers it."""
     data_set = BraTS(write_brats(tmp_path / "data", cases=2))
     cases = Cache(tmp_path / "cache", 1, "brain").build(data_set.cases(), data_set)
     sampler = BalancedSampler(12, lesion_share=1)
@@ -127,6 +137,24 @@ def test_every_axis_is_flipped_in_about_half_of_the_patches(tmp_path: Path):
         seen[flips[0]] += 1
     assert len(seen) == 8
     assert all(abs(sum(n for axes, n in seen.items() if axes[axis]) - 40) < 18 for axis in range(3))
+
+
+def test_intensities_change_in_the_brain_and_masks_do_not(brats: Path, cache_root: Path):
+    changed = queue(brats, cache_root)
+    plain = queue(brats, cache_root, augmentation=tio.Compose([FLIP]))
+    for index in range(24):
+        before, after = plain[0, index], changed[0, index]
+        assert torch.equal(before["mask"], after["mask"])
+        assert torch.equal(before["image"] == 0, after["image"] == 0)
+        assert not torch.equal(before["image"], after["image"])
+
+
+def test_the_queue_tells_the_sampler_how_regions_are_nested(
+    brats: Path, cache_root: Path, metastases: Path, tmp_path: Path
+):
+    nesting = queue(brats, cache_root).nesting
+    assert nesting[[0, 2, 1, 4]].tolist() == [0, 1, 2, 3]
+    assert queue_of(metastases, tmp_path, BalancedSampler(8), 8).nesting[:2].tolist() == [0, 1]
 
 
 def test_every_case_is_visited_equally_often(brats: Path, cache_root: Path):

@@ -1,25 +1,33 @@
-"""Which patches: exact shares, contained lesions, uniform places, true voxels at every scale."""
+"""Patches have exact shares of lesions, lie anywhere, and show true voxels at every scale."""
 
+from collections.abc import Iterator
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchio as tio
 from scipy.ndimage import zoom
 
-from datamodules.sampling import BalancedSampler
+import grids
+from datamodules.sampling import LEAST_SHARE, BalancedSampler, resample_labels
+from tests.conftest import ball
 from tests.datamodules.conftest import lesions_at
 
 SHAPE = (20, 24, 18)
+NESTING = np.zeros(256, int)
+NESTING[[2, 1, 4]] = 1, 2, 3  # oedema, around the core, around the enhancing tumour
 
 
 def ramp(shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
-    """An image (3, X, Y, Z) whose channels are the coordinates of the voxel."""
+    """Make an image (3, X, Y, Z) whose channels are the coordinates of the voxel."""
     return np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).astype(np.float16)
 
 
 def labels_with(*voxels: tuple[int, int, int], shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    """Make a label map (X, Y, Z) with oedema in single voxels."""
     labels = np.zeros(shape, np.uint8)
     for voxel in voxels:
         labels[voxel] = 2
@@ -110,7 +118,7 @@ def test_volume_smaller_than_the_patch_is_centred_in_zeros():
 
 
 def test_scaled_patch_shows_its_whole_source_box():
-    """At scale 0.8 a patch of 8 shows 10 voxels: coordinates run over them, none is padded."""
+    """A patch of 8 voxels at scale 0.8 shows 10 voxels of the volume, none of them padded."""
     sampler = BalancedSampler(8, scale=(0.8, 0.8))
     torch.manual_seed(0)
     patch = sampler.draw(ramp(), labels_with(), np.empty(0, np.int32))
@@ -119,7 +127,7 @@ def test_scaled_patch_shows_its_whole_source_box():
     assert x[0] % 1 == pytest.approx(0.125)  # half a fine voxel inside the box, as at the other end
 
 
-def test_scaling_agrees_with_scipy_and_keeps_labels_on_the_image():
+def test_scaling_agrees_with_scipy():
     rng = np.random.default_rng(0)
     image = rng.random((1, 16, 16, 16)).astype(np.float32)
     labels = (image[0] > 0.5).astype(np.uint8)
@@ -127,8 +135,89 @@ def test_scaling_agrees_with_scipy_and_keeps_labels_on_the_image():
     patch = sampler.draw(image, labels, np.empty(0, np.int32))
     expected = zoom(image[0], 0.5, order=1, mode="nearest", grid_mode=True)
     np.testing.assert_allclose(patch.image[0].numpy(), expected, atol=1e-6)
-    # nearest-exact looks at the voxel after the centre of the pair that the image averages
-    np.testing.assert_array_equal(patch.labels.numpy(), labels[1::2, 1::2, 1::2])
+    shares = zoom(labels.astype(np.float32), 0.5, order=1, mode="nearest", grid_mode=True)
+    np.testing.assert_array_equal(patch.labels.numpy(), shares >= LEAST_SHARE)
+
+
+@pytest.mark.parametrize(
+    ("radius", "least_dice"), [(2, 0.87), (2.5, 0.905), (5, 0.955), (15, 0.984)]
+)
+def test_labels_of_a_scaled_patch_are_the_balls_that_the_image_shows(
+    radius: float, least_dice: float
+):
+    """Labels of the nearest voxels score .83, .85, .93 and .976 in this test."""
+    rng = np.random.default_rng(0)
+    shape = (96, 96, 96)
+    lattice = (16, 48, 80) if radius < 10 else (28, 68)
+    scores = []
+    for scale in (0.9, 1.1):
+        centres = [rng.uniform(-0.5, 0.5, 3) + voxel for voxel in product(lattice, repeat=3)]
+        labels = in_any_ball(torch.from_numpy(ramp(shape)), centres, radius)
+        sampler = BalancedSampler(80, scale=(scale, scale))
+        torch.manual_seed(0)
+        patch = sampler.draw(ramp(shape), labels.numpy().astype(np.uint8), np.empty(0, np.int32))
+        # The image is the coordinates, so it says where in the volume each voxel of the patch lies.
+        expected = in_any_ball(patch.image, centres, radius)
+        common = ((patch.labels > 0) & expected).sum()
+        scores.append(2 * common / ((patch.labels > 0).sum() + expected.sum()))
+    assert np.mean(scores) >= least_dice
+
+
+def in_any_ball(places: torch.Tensor, centres: list[np.ndarray], radius: float) -> torch.Tensor:
+    """Make the mask (X, Y, Z) of the places (3, X, Y, Z) within a radius of any of the centres."""
+    mask = torch.zeros(places.shape[1:], dtype=torch.bool)
+    for centre in centres:
+        away = [axis - float(middle) for axis, middle in zip(places.float(), centre, strict=True)]
+        mask |= away[0] ** 2 + away[1] ** 2 + away[2] ** 2 <= radius**2
+    return mask
+
+
+def tumours() -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
+    """Make labels (X, Y, Z) of three nested regions, with a size to resample them to."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        shape = tuple(rng.integers(16, 28, 3).tolist())
+        centre = tuple(rng.uniform(0, shape))
+        labels = np.zeros(shape, np.uint8)
+        for label, radius in ((2, 8), (4, 6), (1, 3)):
+            labels[ball(shape, centre, radius + rng.uniform(-1, 1))] = label
+        specks = rng.random(shape) < 0.002
+        labels[specks] = rng.choice([1, 2, 4], specks.sum())
+        yield labels, tuple(rng.integers(14, 30, 3).tolist())
+
+
+def test_regions_are_interpolated_as_the_image_is():
+    """A region can have a large share of a voxel of which none of its labels has one."""
+    for labels, size in tumours():
+        resampled = resample_labels(labels, size, NESTING)
+        assert resampled.shape == size
+        for region in ((2, 1, 4), (1, 4), (4,)):
+            mask = torch.from_numpy(np.isin(labels, region)).float()[None, None]
+            shares = F.interpolate(mask, size, mode="trilinear", align_corners=False)
+            expected = (shares >= LEAST_SHARE)[0, 0].numpy()
+            found = np.isin(resampled, region)
+            assert not (expected & ~found).any()
+            assert not (found & (shares == 0)[0, 0].numpy()).any()
+            assert (found != expected).mean() < 0.01
+
+
+def test_a_lesion_of_one_voxel_is_in_every_patch_that_zooms_in():
+    for voxel in product(range(7), repeat=3):
+        resampled = resample_labels(labels_with(voxel, shape=(7, 7, 7)), (8, 8, 8), NESTING)
+        assert (resampled == 2).any()
+        _, lesions = grids.components(resampled > 0)
+        assert lesions == 1
+
+
+def test_labels_at_scale_1_are_those_of_the_volume():
+    labels = np.random.default_rng(0).choice([0, 1, 2, 4], SHAPE).astype(np.uint8)
+    patch = BalancedSampler(8).draw(ramp(), labels, np.empty(0, np.int32))
+    start = patch.image[:, 0, 0, 0].int().tolist()
+    np.testing.assert_array_equal(patch.labels.numpy(), grids.cut(labels, start, (8, 8, 8)))
+
+
+def test_a_volume_without_labels_stays_without():
+    assert not resample_labels(np.zeros(SHAPE, np.uint8), (8, 9, 10), NESTING).any()
 
 
 def test_torchio_queue_can_use_the_sampler_too():
@@ -152,7 +241,7 @@ def test_nonsense_is_refused(arguments: dict, message: str):
 
 
 def test_no_random_volume_gives_a_mislabelled_patch():
-    """Volumes, lesions, patches, halos and scales at random: what is asked for is what comes."""
+    """Patches are as asked for with random volumes, lesions, patch sizes, halos and scales."""
     rng = np.random.default_rng(0)
     kinds = {True: 0, False: 0}
     for seed in range(150):
@@ -204,7 +293,7 @@ def test_a_volume_that_is_nearly_full_still_gives_its_free_box():
         patch = sampler.draw(image, labels, labels[:0])
         assert not patch.labels.any()
         assert patch.image[:, 0, 0, 0].tolist() == [3, 5, 8]
-    with pytest.raises(ValueError, match="every patch of this volume"):
+    with pytest.raises(ValueError, match="expected a lesion-free patch, found none in this volume"):
         sampler.draw(image, np.ones_like(labels), labels[:0])
 
 

@@ -185,3 +185,18 @@ def test_voxelwise_loss_is_plain_cross_entropy():
     loss = CrossEntropy(Geometry(0, 1))
     assert loss(Segmentation(logits), {"mask": mask})["loss"] == expected
     assert loss.on_volume(logits, {"mask": mask})["loss"] == expected
+
+
+def test_a_region_that_a_volume_does_not_have_does_not_count_in_its_loss():
+    """A faint prediction of an absent region would add .33 and stop the training."""
+    loss = RegionDice({"WT": 0.5, "ET": 0.2}, ["WT", "ET"], smooth_mm3=1)
+    mask = torch.zeros(2, 2, 8, 8, 8, dtype=torch.bool)
+    mask[0, :, :4], mask[1, 0, :4] = True, True  # the second case has no ET
+    logits = torch.where(mask, 1.0, -1.0)
+    first = soft_dice(logits[:1], mask[:1], smooth=1)
+    second = soft_dice(logits[1:], mask[1:], smooth=1)
+    expected = ((0.5 * first[0] + 0.2 * first[1]) + 0.7 * second[0]) / 2
+    terms = loss.on_volume(logits, {"mask": mask})
+    torch.testing.assert_close(terms["loss"], expected)
+    trained = loss(Segmentation(logits), {"mask": mask})["loss"]
+    assert trained > terms["loss"]  # patches are scored as in the paper, absent regions too

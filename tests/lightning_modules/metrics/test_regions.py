@@ -43,9 +43,7 @@ def cube(*starts: int, side: int = 4) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("prediction", "truth", "expected"),
     [
-        (cube(), cube(), 1.0),  # both empty: brats2020
         (cube(), cube(2), 0.0),  # missed
-        (cube(2), cube(), 0.0),  # false alarm
         (cube(2), cube(2), 1.0),
         (cube(3), cube(2), 2 * 27 / 128),
         (cube(2, 8), cube(2), 2 * 64 / 192),
@@ -55,6 +53,42 @@ def test_dice_by_hand(prediction: torch.Tensor, truth: torch.Tensor, expected: f
     metrics = RegionMetrics(["WT"])
     update(metrics, prediction, truth, 0)
     assert metrics.compute()["dice_WT"].item() == pytest.approx(expected)
+
+
+def test_a_region_is_scored_in_the_cases_that_have_it_and_false_alarms_stand_beside():
+    metrics = RegionMetrics(["WT"], spacing_mm=2)
+    for index, (prediction, truth) in enumerate(
+        [(cube(3), cube(2)), (cube(2), cube()), (cube(), cube()), (cube(), cube())]
+    ):
+        update(metrics, prediction, truth, index)
+    scores = {name: float(value) for name, value in metrics.compute().items()}
+    assert scores["dice"] == scores["dice_WT"] == pytest.approx(2 * 27 / 128)
+    assert scores["without_WT"] == 3
+    assert scores["false_alarms_WT"] == pytest.approx(1 / 3)
+    assert scores["false_alarm_mm3_WT"] == pytest.approx(64 * 8 / 3)
+    rows = metrics.rows()
+    assert math.isnan(rows[0]["false_alarm_mm3_WT"])
+    assert math.isnan(rows[1]["dice_WT"])
+    assert [rows[index]["false_alarm_mm3_WT"] for index in (1, 2, 3)] == [512, 0, 0]
+
+
+def test_what_no_case_has_is_not_scored():
+    metrics = RegionMetrics(["WT", "ET"])
+    update(metrics, torch.cat([cube(2), cube()], 1), torch.cat([cube(2), cube()], 1), 0)
+    scores = metrics.compute()
+    assert "dice_ET" not in scores
+    assert float(scores["dice"]) == float(scores["dice_WT"]) == 1
+
+
+def test_a_network_that_never_predicts_a_region_does_not_gain_by_it():
+    """Seven cases with ET, six without: conventions of BraTS would give it 6/13."""
+    scores = {}
+    for name, found in (("never", cube()), ("always", cube(3))):
+        metrics = RegionMetrics(["ET"])
+        for index in range(13):
+            update(metrics, found, cube(2) if index < 7 else cube(), index)
+        scores[name] = float(metrics.compute()["dice"])
+    assert scores == {"never": 0, "always": pytest.approx(2 * 27 / 128)}
 
 
 def test_voxels_that_the_crop_cut_off_count_as_missed():
@@ -78,7 +112,7 @@ def test_rows_are_in_the_order_of_the_cases_and_a_case_counts_once():
     metrics = RegionMetrics(["WT"])
     for index, prediction in ((2, cube()), (0, cube(2)), (2, cube())):
         update(metrics, prediction, cube(2), index)
-    assert metrics.rows() == {0: {"dice_WT": 1.0}, 2: {"dice_WT": 0.0}}
+    assert {index: row["dice_WT"] for index, row in metrics.rows().items()} == {0: 1.0, 2: 0.0}
     assert list(metrics.rows()) == [0, 2]
     assert metrics.compute()["dice"].item() == 0.5
     metrics.reset()
@@ -115,7 +149,7 @@ EXPECTED = {
     "false alarm": {
         "brats2020": (0, 0, 0.962, DIAGONAL, DIAGONAL),
         "brats2023": (0, 0, 0.962, 374, 374),
-        "nan": (0, NAN, 0.962, NAN, NAN),
+        "nan": (NAN, NAN, 0.962, NAN, NAN),
     },
     "shifted, and an island": {"brats2020": (0.917, 0.924, 0.996, 23.88, 1.0)},
     "shifted, thick slices": {"brats2020": (0.834, 0.834, 0.994, 3.16, 3.16)},
@@ -153,14 +187,16 @@ def test_five_pairs_by_monai(pair: str):
 def test_the_penalty_is_the_diagonal_of_the_brats_grid():
     truth = np.zeros((240, 240, 155), bool)
     truth[100, 100, 100] = True
-    assert region_scores(~truth & truth, truth)["hd95_mm"] == pytest.approx(373.1287, abs=1e-4)
+    assert region_scores(~truth & truth, truth, convention="brats2020")["hd95_mm"] == pytest.approx(
+        373.1287, abs=1e-4
+    )
 
 
 def test_the_row_of_a_case_has_all_scores_and_tells_empty_masks():
     truth = np.stack([BALL, NOTHING])
     prediction = np.stack([np.roll(BALL, 1, 0), NOTHING])
     row = case_scores(prediction, truth, ["WT", "ET"], (1, 1, 1), "nan")
-    names = [*SCORES, "voxels", "true_voxels"]
+    names = [*SCORES, "voxels", "true_voxels", "false_alarm_mm3"]
     assert list(row) == [f"{name}_{region}" for region in ("WT", "ET") for name in names]
     assert row["true_voxels_WT"] == row["voxels_WT"] == BALL.sum()
     assert row["true_voxels_ET"] == row["voxels_ET"] == 0
@@ -178,10 +214,6 @@ def test_regions_are_predicted_above_the_threshold():
         "index": torch.tensor([0]),
     }
     for threshold, predicted in ((0.5, 2), (0.7, 1), (0.3, 3)):
-        metrics = RegionMetrics(["WT"], threshold)
+        metrics = RegionMetrics(["WT"], threshold=threshold)
         metrics.update(probability, batch)
         assert metrics.rows()[0]["dice_WT"] == pytest.approx(2 * predicted / (predicted + 3))
-
-
-def test_scores_that_pick_the_best_run_are_named():
-    assert RegionMetrics(["WT", "ET"]).best_is_highest == ("dice", "dice_WT", "dice_ET")

@@ -52,7 +52,12 @@ def main(config: DictConfig) -> float:
 
 
 def train(config: DictConfig) -> float:
-    """Run what `config` describes, or read what came out of it before; returns the objective."""
+    """Run what `config` describes, or read what came out of it before.
+
+    Returns:
+        The objective; NaN if another process is training the run, or if the objective is a score of
+        cases that the split does not have.
+    """
     from experiments.results import Results, show
 
     folder = RunFolder(Path(config.run_dir))
@@ -67,6 +72,14 @@ def train(config: DictConfig) -> float:
             results = run(config, folder)
             results.write(folder)
     show(results, folder)
+    stage = str(config.objective).split("/")[0]
+    if stage in ("val", "test") and not any(
+        name.startswith(f"{stage}/") for name in results.metrics
+    ):
+        logging.warning(
+            "objective: there is no %s, as the split has no such cases", config.objective
+        )
+        return math.nan
     if config.objective not in results.metrics:
         known = ", ".join(sorted(results.metrics))
         raise InputError(f"objective: expected one of {known}; found {config.objective}")
@@ -74,11 +87,11 @@ def train(config: DictConfig) -> float:
 
 
 def run(config: DictConfig, folder: RunFolder) -> "Results":
-    """Build, fit and test."""
+    """Build, fit, validate and test."""
     import pytorch_lightning as pl
 
     from experiments.training import fit_and_test, prepare_process
-    from lightning_modules.callbacks import SaveConfig
+    from lightning_modules.callbacks import SaveConfig, SaveSeenCases
     from lightning_modules.checkpoint import check_same_network
 
     prepare_process(folder)
@@ -86,7 +99,7 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     build = partial(instantiate, _convert_="all")  # plain lists and dicts from here on
     module, datamodule, trainer = build(config.module), build(config.data), build(config.trainer)
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    trainer.callbacks.append(SaveConfig(plain))
+    trainer.callbacks += [SaveConfig(plain), SaveSeenCases()]
     resume = config.resume
     if resume is None and folder.last.is_file() and not config.again:
         resume = folder.last

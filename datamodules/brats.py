@@ -124,7 +124,7 @@ class BraTS:
 
     @cached_property
     def _et_on_disk(self) -> tuple[int, str]:
-        """The label that ET has in the files, and the reason for it, to show in messages."""
+        """Find the label that ET has in the files, and the reason for it, to show in messages."""
         for case in self.cases():
             if case.mask is not None:
                 labels, _ = read_volume(case.mask)

@@ -1,4 +1,4 @@
-"""A cache of preprocessed cases on disk, as memory-mapped float16 arrays.
+"""Cache preprocessed cases on disk, as memory-mapped float16 arrays.
 
 Reading and resampling four NIfTI files takes seconds; cutting a patch out of an uncompressed,
 memory-mapped array takes a millisecond. Everything that is the same in every epoch is therefore
@@ -21,6 +21,7 @@ import numpy as np
 
 import grids
 from datamodules.cases import Case, DataSet
+from datamodules.nifti import identify
 from datamodules.preprocessing import Extra, Preprocessing
 from errors import InputError
 from files import write_json, written_whole
@@ -40,12 +41,14 @@ class CachedCase:
         folder: Folder of its files.
         affine: (4, 4), voxel of the arrays to mm, RAS.
         outside: Canonical label -> number of voxels that the crop cut away.
+        identity: What tells the patient of the case from others, see `nifti.identify`.
     """
 
     case: Case
     folder: Path
     affine: np.ndarray
     outside: Mapping[int, int]
+    identity: Sequence[str]
 
     @property
     def name(self) -> str:
@@ -72,7 +75,7 @@ class CachedCase:
 
     @cached_property
     def lesions(self) -> list[np.ndarray]:
-        """The indices of `lesion` by lesion, a 26-connected component; each array is sorted."""
+        """Sorted indices of each lesion, a 26-connected component of the voxels of `lesion`."""
         if not len(self.lesion):
             return []
         voxels = np.stack(np.unravel_index(self.lesion, self.labels.shape))
@@ -200,6 +203,7 @@ class Cache:
                         "crop": self.preprocessing.crop,
                         "grade": case.grade,
                         "sources": sources,
+                        "identity": identify(case.images[data_set.modalities[0]]),
                         "affine": volume.affine.tolist(),
                         "outside": volume.outside,
                         "extras": volume.extras,
@@ -211,15 +215,25 @@ class Cache:
 
 
 def _open(folder: Path, case: Case) -> CachedCase | None:
-    """Open a case of the cache; returns None if it is missing or its files have changed since."""
+    """Open a case of the cache.
+
+    Returns:
+        The case; None if it is missing, if its files have changed since, or if a version that kept
+        no identity wrote it.
+    """
     try:
         facts = json.loads((folder / "case.json").read_text())
     except FileNotFoundError:
         return None
-    if facts["sources"] != _sources(case):
+    if facts["sources"] != _sources(case) or "identity" not in facts:
         return None
-    outside = {int(label): count for label, count in facts["outside"].items()}
-    return CachedCase(case, folder, np.array(facts["affine"]), outside)
+    return CachedCase(
+        case=case,
+        folder=folder,
+        affine=np.array(facts["affine"]),
+        outside={int(label): count for label, count in facts["outside"].items()},
+        identity=facts["identity"],
+    )
 
 
 def _sources(case: Case) -> dict[str, dict[str, Any]]:

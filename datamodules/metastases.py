@@ -56,9 +56,8 @@ class Metastases:
         if not self.root.is_dir():
             raise InputError(f"{self.root}: no such folder; {expected}")
         cases = []
-        for folder in sorted(
-            self.root.glob("[!.]*")
-        ):  # hidden: being written, or left half written
+        # Hidden folders are cases that are being written, or that a killed process left.
+        for folder in sorted(self.root.glob("[!.]*")):
             files: dict[str, Path] = {}
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
                 if match := _FILE.fullmatch(path.name):

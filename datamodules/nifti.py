@@ -1,10 +1,11 @@
-"""Reading and writing of NIfTI files; whatever is wrong with a file is one `InputError`."""
+"""Read and write NIfTI files; whatever is wrong with a file is one `InputError`."""
 
+import hashlib
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from files import written_whole
 if TYPE_CHECKING:
     from nibabel.spatialimages import SpatialImage
 
+PATIENT = "patient "  # begins a description in the header that names the patient
 MAX_COSINE = 1e-3  # between two axes; rounding in a header leaves less
 
 
@@ -57,6 +59,24 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if bad := voxels.size - np.count_nonzero(np.isfinite(voxels)):
         raise InputError(f"{path}: expected finite voxels, found {bad} NaN or infinite")
     return voxels, image.affine
+
+
+def identify(path: Path) -> list[str]:
+    """Say whose scan an image is, whatever the name, folder, header and orientation of its file.
+
+    Returns:
+        A hash of the voxels in RAS order; and the description in the header, if it is that of a
+        patient (see `PATIENT`), which an image of another spacing shares. Two images that have an
+        entry in common show the same patient.
+
+    Raises:
+        InputError: The errors of `read_volume`.
+    """
+    voxels, _ = read_volume(path)
+    digest = hashlib.sha256(voxels.tobytes()).hexdigest()
+    header: Any = open_volume(path).header
+    description = str(header["descrip"].item(), "latin-1")
+    return [f"voxels {digest[:24]}", *([description] if description.startswith(PATIENT) else [])]
 
 
 def write_volume(path: Path, voxels: np.ndarray, reference: Path) -> None:

@@ -7,10 +7,10 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from scipy import ndimage
 
 import grids
 from datamodules.cases import Case, DataSet
+from datamodules.foreground import find_foreground
 from datamodules.nifti import open_volume, read_volume
 from errors import InputError
 
@@ -112,9 +112,13 @@ class Preprocessing:
         else:
             _check_same_grid(paths, images, affines)
 
-        foregrounds = [_foreground(image) for image in images]
         affine = affines[0]
-        if not np.allclose(grids.spacing_mm(affine), self.spacing_mm, rtol=SAME_SPACING):
+        spacing_mm = grids.spacing_mm(affine)
+        foregrounds = [
+            find_foreground(image, spacing_mm, path)
+            for image, path in zip(images, paths, strict=False)  # the mask comes last
+        ]
+        if not np.allclose(spacing_mm, self.spacing_mm, rtol=SAME_SPACING):
             grid = _isotropic_grid(labels.shape, affine, self.spacing_mm)
             resampled = [
                 _resample_image(image, foreground, affine, grid)
@@ -238,35 +242,6 @@ def _check_same_grid(
                 f"{path}: expected the grid of {paths[0]}, found corners {shift_mm:.3g} mm "
                 f"({shift_voxels:.3g} voxels) away"
             )
-
-
-def _faces(volume: np.ndarray) -> np.ndarray:
-    """Return all voxels on the six faces of a volume (X, Y, Z), flat."""
-    faces = (volume[[0, -1]], volume[:, [0, -1]], volume[:, :, [0, -1]])
-    return np.concatenate([face.ravel() for face in faces])
-
-
-def _foreground(image: np.ndarray) -> np.ndarray:
-    """Find the voxels of the head: those unlike the background, and those that they enclose.
-
-    The background is the value most common on the faces of the volume: 0 in BraTS, but below 0 in
-    images that were z-scored before they were published. Negative voxels inside a brain are tissue,
-    since spline resampling makes them.
-    """
-    values, counts = np.unique(_faces(image), return_counts=True)
-    foreground = image != values[counts.argmax()]
-    if not foreground.any():
-        return foreground
-    box = grids.bounding_box(foreground)
-    # Holes are background that does not reach the faces of the box. This equals
-    # `ndimage.binary_fill_holes`, whose background is 6-connected too, in a third of its time.
-    pieces = np.zeros(foreground[box].shape, np.int32)
-    ndimage.label(~foreground[box], output=pieces)
-    is_open = np.zeros(pieces.max() + 1, bool)
-    is_open[_faces(pieces)] = True
-    is_open[0] = False  # piece 0 is the foreground itself
-    foreground[box] = ~is_open[pieces]
-    return foreground
 
 
 def _above_background(voxels: np.ndarray, foreground: np.ndarray) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Which cases are for training, validation and testing."""
 
+import hashlib
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 from datamodules.cases import Case
@@ -55,16 +57,25 @@ def read_names(path: str | Path) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class FractionSplit:
-    """Draws cases at random, in equal shares of each grade.
+    """Puts each case into a part by its name alone, so that no case depends on the others.
+
+    The seed and the name of a case are hashed to a number from 0 to 1. Testing takes the numbers
+    below `test`, validation those from 1 - `validation` on, and training those between. So a case
+    stays in its part when other cases come or go, a larger share takes cases from training only,
+    and data sets with the same names (phantoms at several spacings) are split alike.
+
+    In exchange, the sizes of the parts and the share of each grade in them are right on average but
+    not exact: of 100 cases, a share of .15 is 15 give or take 4. A part whose share would be left
+    without a case gets the case nearest to it; only that case may change when others come or go.
 
     Args:
-        validation: Share of the cases for validation, rounded; at least one case unless 0.
-        test: Share of the cases for testing, rounded; at least one case unless 0.
-        seed: Seed of the draw.
+        validation: Share of the cases for validation.
+        test: Share of the cases for testing.
+        seed: Seed of the hash.
 
     Raises:
         InputError: A share lies outside [0, 1), or both leave nothing for training; when called,
-            there are too few cases.
+            there are fewer cases than parts.
     """
 
     validation: float
@@ -82,46 +93,36 @@ class FractionSplit:
 
     def __call__(self, cases: Sequence[Case]) -> Split:
         """Split the cases; their order does not matter."""
-        rest = _by_name(cases)
-        sizes = {
-            part: max(1, round(share * len(cases))) if share else 0
-            for part, share in (("test", self.test), ("validation", self.validation))
-        }
-        if sum(sizes.values()) >= len(cases):
+        wanted = [
+            part
+            for part in PARTS
+            if part == "train" or getattr(self, part)  # a share above 0
+        ]
+        if len(cases) < len(wanted):
             raise InputError(
-                f"split: {len(cases)} cases are too few for {sizes['validation']} of validation, "
-                f"{sizes['test']} of test and one of training"
+                f"split: {len(cases)} cases are too few for one of each of {', '.join(wanted)}"
             )
-        parts: dict[str, list[Case]] = {}
-        for part, size in sizes.items():
-            rest, parts[part] = self._draw(rest, size)
-        return Split(train=rest, **parts)
-
-    def _draw(self, cases: list[Case], size: int) -> tuple[list[Case], list[Case]]:
-        """Draw `size` cases; returns the others and those that were drawn."""
-        if size == 0:
-            return cases, []
-        from sklearn.model_selection import train_test_split
-
-        # A grade needs so many cases that its share of the smaller part is at least one case.
-        strata = _strata(cases, least=-(-len(cases) // min(size, len(cases) - size)))
-        rest, drawn = train_test_split(
-            range(len(cases)), test_size=size, stratify=strata, random_state=self.seed
-        )
-        return [cases[i] for i in sorted(rest)], [cases[i] for i in sorted(drawn)]
+        ends = (self.test, 1 - self.validation, 1)
+        test, train, validation = _by_interval(cases, self.seed, ends)
+        return Split(train=train, validation=validation, test=test)
 
 
 @dataclass(frozen=True)
 class FoldSplit:
-    """Takes one fold of a cross-validation, in equal shares of each grade.
+    """Takes one fold of a cross-validation; the fold of a case depends on its name alone.
 
     Fold `fold` is the test part and the fold after it the validation part. Over all folds every
     case is tested once, validated once, and never both in one run.
 
+    The seed and the name of a case are hashed to a number from 0 to 1, which the folds share out
+    equally. So a case stays in its fold when other cases come or go. In exchange, folds differ in
+    size, by chance: of 100 cases, five folds have 20 each, give or take 4; and so do their shares
+    of each grade. A fold that would be left without a case gets the case nearest to it.
+
     Args:
         folds: Number of folds, at least 3.
         fold: Fold to test on, from 0.
-        seed: Seed of the draw; the same for all folds of one cross-validation.
+        seed: Seed of the hash; the same for all folds of one cross-validation.
 
     Raises:
         InputError: There are fewer than three folds, or no such fold; when called, there are fewer
@@ -141,18 +142,12 @@ class FoldSplit:
 
     def __call__(self, cases: Sequence[Case]) -> Split:
         """Split the cases; their order does not matter."""
-        from sklearn.model_selection import StratifiedKFold
-
-        cases = _by_name(cases)
         if len(cases) < self.folds:
             raise InputError(f"split: {len(cases)} cases are too few for {self.folds} folds")
-        splitter = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
-        strata = _strata(cases, least=self.folds)
-        folds = [[cases[i] for i in held_out] for _, held_out in splitter.split(cases, strata)]
+        ends = [(fold + 1) / self.folds for fold in range(self.folds)]
+        folds = _by_interval(cases, self.seed, ends)
         test, validation, *train = folds[self.fold :] + folds[: self.fold]
-        return Split(
-            _by_name(list(chain.from_iterable(train))), _by_name(validation), _by_name(test)
-        )
+        return Split(_by_name(list(chain.from_iterable(train))), validation, test)
 
 
 @dataclass(frozen=True)
@@ -188,8 +183,33 @@ def _by_name(cases: Sequence[Case]) -> list[Case]:
     return sorted(cases, key=lambda case: case.name)
 
 
-def _strata(cases: list[Case], least: int) -> list[str]:
-    """Return the grade of each case; a grade with fewer than `least` cases joins the commonest."""
-    counts = Counter(case.grade for case in cases)
-    common = min(counts, key=lambda grade: (-counts[grade], grade))
-    return [case.grade if counts[case.grade] >= least else common for case in cases]
+def _hashed(name: str, seed: int) -> float:
+    """Hash the name of a case to a number in [0, 1), the same on every machine."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
+def _by_interval(cases: Sequence[Case], seed: int, ends: Sequence[float]) -> list[list[Case]]:
+    """Group cases by the interval of [0, 1) that the hash of their name falls into.
+
+    Args:
+        cases: At least as many as there are intervals longer than 0.
+        seed: Seed of the hash.
+        ends: End of each interval, in order; each begins where the one before ends.
+
+    Returns:
+        The cases of each interval, sorted by name. An interval longer than 0 that no hash falls
+        into takes the nearest case of a group that has others.
+    """
+    place = {case.name: _hashed(case.name, seed) for case in cases}
+    groups: list[list[Case]] = [[] for _ in ends]
+    for case in _by_name(cases):
+        groups[bisect_right(ends, place[case.name])].append(case)
+    for group, (start, end) in zip(groups, pairwise((0, *ends)), strict=True):
+        if not group and end > start:
+            middle = (start + end) / 2
+            donors = [(donor, case) for donor in groups if len(donor) > 1 for case in donor]
+            donor, nearest = min(donors, key=lambda found: abs(place[found[1].name] - middle))
+            donor.remove(nearest)
+            group.append(nearest)
+    return groups

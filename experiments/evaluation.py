@@ -10,19 +10,25 @@ from rich.progress import track
 
 from datamodules.brats import BraTSMasks
 from datamodules.cases import Case, DataSet
+from datamodules.nifti import identify
 from datamodules.splits import PARTS
 from errors import InputError
 from experiments.frey2019 import write_report
 from experiments.operating_point import Candidates, OperatingPoint
 from experiments.prediction import Predictor, find_checkpoints
 from experiments.run import RunFolder
+from lightning_modules.checkpoint import check_unseen
 from lightning_modules.metrics.regions import CONVENTIONS
 
+LEARNED_FROM = ("train", "validation")
 THRESHOLDS_NAME = "thresholds.json"
 
 
 def evaluate(options: Mapping[str, Any]) -> Path:
     """Predict, unless there are predictions; score; write tables and figures.
+
+    Cases that a network was trained or validated on are refused, under whatever name and in
+    whatever folder they are, unless `cases` asks for that part of its split.
 
     Args:
         options: The values of conf/evaluate.yaml.
@@ -31,7 +37,8 @@ def evaluate(options: Mapping[str, Any]) -> Path:
         The Markdown file with the table.
 
     Raises:
-        InputError: Checkpoints, cases or predictions that cannot be used.
+        InputError: Checkpoints, cases or predictions that cannot be used; cases that a network has
+            seen.
     """
     if options["convention"] not in CONVENTIONS:
         raise InputError(
@@ -48,6 +55,11 @@ def evaluate(options: Mapping[str, Any]) -> Path:
         least_mm3 = predictor.point.least_mm3
         data_set = predictor.data_set.in_folder(options["input"])
         cases = cases_of_part(data_set.cases(), options["cases"], options["checkpoint"])
+        if options["cases"] not in LEARNED_FROM:
+            first = data_set.modalities[0]
+            identities = {case.name: identify(case.images[first]) for case in cases}
+            for checkpoint in find_checkpoints(options["checkpoint"]):
+                check_unseen(checkpoint, identities)
         # Label maps keep all that the networks found: the report shows what least volumes change.
         unfiltered = predictor.with_point(replace(predictor.point, least_mm3={}))
         if failed := unfiltered(cases, output / "predictions"):
@@ -61,7 +73,7 @@ def evaluate(options: Mapping[str, Any]) -> Path:
 
 
 def with_thresholds(options: Mapping[str, Any]) -> Predictor:
-    """The ensemble at the thresholds asked for; chosen ones are written into the output."""
+    """Load the ensemble with the thresholds asked for; chosen ones are written into the output."""
     if options["thresholds"] != "chosen":
         return Predictor.from_options(options)
     predictor = Predictor.from_options({**options, "thresholds": "checkpoint"})
@@ -99,7 +111,7 @@ def best_point(
 def cases_of_part(
     cases: Sequence[Case], part: str, checkpoints: str | Path | Sequence[str | Path]
 ) -> list[Case]:
-    """The cases with a mask that are in one part of the split of every run.
+    """Select the cases with a mask that are in one part of the split of every run.
 
     Args:
         cases: All cases.

@@ -1,7 +1,9 @@
 """Cases in, label maps out: what `predict.py` does, and the first half of `evaluate.py`."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,14 @@ import torch
 from rich.progress import Progress
 
 from datamodules.cases import Case, DataSet, compared
-from datamodules.nifti import open_volume, read_volume, write_volume
+from datamodules.nifti import identify, open_volume, read_volume, write_volume
 from datamodules.preprocessing import Preprocessing, Volume, restore
 from datamodules.sampling import Cut, whole
 from errors import InputError
 from experiments.operating_point import OperatingPoint
 from experiments.run import finished_runs
 from files import write_json
-from lightning_modules.checkpoint import build, fingerprint, load_ensemble
+from lightning_modules.checkpoint import build, check_unseen, fingerprint, load_ensemble
 from lightning_modules.inference import Ensemble
 from lightning_modules.memory import keep_freed
 from lightning_modules.metrics.regions import dice
@@ -43,7 +45,7 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def label_map(folder: Path, case: str) -> Path:
-    """The file in a folder of predictions that holds the label map of a case."""
+    """Return the file in a folder of predictions that holds the label map of a case."""
     return folder / f"{case}.nii.gz"
 
 
@@ -123,7 +125,7 @@ class Predictor:
         return self.preprocessing.spacing_mm
 
     def with_point(self, point: OperatingPoint) -> "Predictor":
-        """The same networks with other thresholds."""
+        """Return a predictor of the same networks with other thresholds."""
         return replace(self, point=point)
 
     def __call__(self, cases: Sequence[Case], output: Path) -> list[str]:
@@ -222,8 +224,24 @@ def predict_folder(options: Mapping[str, Any]) -> None:
     """
     predictor = Predictor.from_options(options)
     cases = predictor.data_set.in_folder(Path(options["input"])).cases()
+    warn_of_seen_cases(find_checkpoints(options["checkpoint"]), cases, predictor.data_set)
     if failed := predictor(cases, Path(options["output"])):
         raise InputError(f"{len(failed)} of {len(cases)} cases failed: {', '.join(failed)}")
+
+
+def warn_of_seen_cases(
+    checkpoints: Sequence[Path], cases: Sequence[Case], data_set: DataSet
+) -> None:
+    """Say in the log if a network was trained on cases: it predicts them better than new ones."""
+    identities = {}
+    for case in cases:
+        with suppress(InputError):  # said when the case is predicted, which others follow
+            identities[case.name] = identify(case.images[data_set.modalities[0]])
+    for checkpoint in checkpoints:
+        try:
+            check_unseen(checkpoint, identities)
+        except InputError as error:
+            logging.warning("%s; scores of these cases say nothing about new ones", error)
 
 
 def dice_of_file(written: Path, case: Case, data_set: DataSet) -> str:

@@ -23,11 +23,12 @@ class Results:
     Attributes:
         run: Name of the run, and of its folder.
         choices: The option of each group that was chosen.
-        metrics: Last value of everything logged, test scores included.
+        metrics: Validation and test scores of the best checkpoint; the last value of all else that
+            was logged.
         cost: Predicted cost of the network.
         epochs: Epochs trained, over all resumptions.
         fit_s: Time of training in this process.
-        test_s: Time of testing.
+        test_s: Time of validating and testing the best checkpoint.
         peak_memory_mib: The most memory allocated on the GPU, or, without one, resident in this
             process, whatever it ran before.
         device: Name of the GPU, or of the processor.
@@ -98,7 +99,8 @@ def show(results: Results, folder: RunFolder) -> None:
     table.add_row("folder", str(folder.path))
     table.add_row("choices", "  ".join(f"{key}={value}" for key, value in results.choices.items()))
     for stage in ("val", "test"):
-        table.add_row(stage, _scores(results.metrics, stage))
+        if scores := _scores(results.metrics, stage):  # none of a part without cases
+            table.add_row(stage, scores)
     table.add_row(
         "network",
         f"{results.cost.parameters:,} parameters, {results.cost.gflops:.2f} GFLOP a patch, "

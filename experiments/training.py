@@ -1,4 +1,4 @@
-"""Fit a network, test its best checkpoint, and measure what that took."""
+"""Fit a network, score its best checkpoint, and measure what that took."""
 
 import logging
 import os
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import wandb
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from datamodules.patches import PatchDataModule
 from experiments.cost import predict_cost
 from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
 from experiments.run import RunFolder
-from lightning_modules.callbacks import summarise_best
+from lightning_modules.checkpoint import check_unseen
 from lightning_modules.segmentation import SegmentationModule
 
 # What Lightning says about choices that are meant.
@@ -54,15 +55,21 @@ def fit_and_test(
     config: dict[str, Any],
     resume: str | Path | None,
 ) -> Results:
-    """Train a module, and test the best checkpoint that came out of it.
+    """Train a module, then validate and test the best checkpoint that came out of it.
+
+    A part of the split without cases is left out. Without validation cases no checkpoint is better
+    than another: the last one is taken for the best, and training does not stop early.
 
     Args:
-        module: What is trained.
+        module: Module to train.
         datamodule: Serves patches and whole volumes.
         trainer: Writes its checkpoints into the folder.
         folder: Folder of the run.
         config: The resolved configuration, for the loggers.
         resume: Checkpoint to continue from.
+
+    Raises:
+        InputError: The data cannot be used, or the checkpoint has seen cases of the test part.
     """
     cost = predict_cost(
         module.network,
@@ -71,19 +78,31 @@ def fit_and_test(
         datamodule.sampler.size,
     )
     datamodule.prepare_data()  # faults of the user's files show before a logger starts
+    datamodule.setup("fit")
+    parts = datamodule.parts
+    if resume is not None:
+        test_cases = datamodule.cache.build(parts.test, datamodule.data_set)
+        check_unseen(resume, {case.name: case.identity for case in test_cases})
+    if not parts.validation:
+        train_without_validation(trainer)
     watch = Stopwatch()
     exit_code = 1
     try:
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
-        summarise_best(trainer, module.metrics["val"].best_is_highest)
         with watch("fit"):
             trainer.fit(module, datamodule, ckpt_path=resume)
         epochs = trainer.current_epoch
         metrics = dict(trainer.callback_metrics)
         with watch("test"):
-            trainer.test(module, datamodule, ckpt_path=folder.best, verbose=False)
-        metrics |= trainer.callback_metrics
+            # The last validation was of the last weights: its scores would stand beside the test
+            # scores of other weights, in the results, in the CSV and in the summary of W&B.
+            if parts.validation:
+                trainer.validate(module, datamodule, ckpt_path=folder.best, verbose=False)
+                metrics |= trainer.callback_metrics
+            if parts.test:
+                trainer.test(module, datamodule, ckpt_path=folder.best, verbose=False)
+                metrics |= trainer.callback_metrics
         exit_code = 0
     except SIGTERMException:  # its exit code would be 0, as if all were done
         raise SystemExit(128 + signal.SIGTERM) from None
@@ -101,3 +120,14 @@ def fit_and_test(
         peak_memory_mib=peak_memory_mib(),
         device=device_name(),
     )
+
+
+def train_without_validation(trainer: pl.Trainer) -> None:
+    """Take out of a trainer what waits for validation scores that will never come."""
+    trainer.limit_val_batches = 0
+    callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in list(callbacks):
+        if isinstance(callback, ModelCheckpoint):
+            callback.monitor = None  # keeps the last weights
+        elif isinstance(callback, EarlyStopping):
+            callbacks.remove(callback)

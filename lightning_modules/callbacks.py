@@ -1,7 +1,7 @@
 """Callbacks: seeds, memory, the operating point, and the tables and pictures of a run."""
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
 from files import write_text
-from lightning_modules.checkpoint import CONFIG_KEY
+from lightning_modules.checkpoint import CONFIG_KEY, SEEN_KEY
 from lightning_modules.memory import keep_freed
 from lightning_modules.pictures import busiest_slice, draw_case, plane
 from lightning_modules.segmentation import Batch, SegmentationModule, VolumeBatch
@@ -33,6 +33,33 @@ class SaveConfig(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint[CONFIG_KEY] = self.config
+
+
+class SaveSeenCases(Callback):
+    """Puts into every checkpoint which cases it was trained and validated on.
+
+    `checkpoint.check_unseen` reads them. A run that continues from a checkpoint keeps its cases.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[str, dict[str, str]] = {"train": {}, "validation": {}}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        for part, seen in self.seen.items():
+            cases = data.cache.build(getattr(data.parts, part), data.data_set)
+            seen.update({identity: case.name for case in cases for identity in case.identity})
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        for part, seen in checkpoint.get(SEEN_KEY, {}).items():
+            self.seen[part].update(seen)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[SEEN_KEY] = self.seen
 
 
 class SeedEveryStep(Callback):
@@ -206,25 +233,6 @@ class CasePictures(Callback):
             figure.savefig(path, dpi=80)
             for logger in wandb_loggers(trainer):
                 logger.log_image("test/pictures", [str(path)], caption=[case])
-
-
-def summarise_best(trainer: pl.Trainer, scores: Iterable[str]) -> None:
-    """Let W&B's summary of a run, and so its table of runs, show the best validation scores.
-
-    By default they show those of the last epoch, which need not be those of the checkpoint that is
-    tested. The scores are given one by one instead of by a pattern: Lightning has defined the
-    pattern `*`, and W&B takes the first pattern that fits.
-
-    Args:
-        trainer: Trainer whose loggers are told.
-        scores: Names, without `val/`, of the validation scores whose highest value is the best.
-    """
-    summaries = {**{f"val/{score}": "max" for score in scores}, "val/loss": "min"}
-    for logger in wandb_loggers(trainer):
-        for metric, summary in summaries.items():
-            logger.experiment.define_metric(
-                metric, step_metric="trainer/global_step", summary=summary
-            )
 
 
 def wandb_loggers(trainer: pl.Trainer) -> Iterator[WandbLogger]:

@@ -1,4 +1,4 @@
-"""Checkpoints: they hold the weights and the resolved configuration, which rebuild the module."""
+"""Checkpoints: weights, the configuration that rebuilds the module, the cases it has seen."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from lightning_modules.inference import Ensemble
 from lightning_modules.segmentation import SegmentationModule
 
 CONFIG_KEY = "config"
+SEEN_KEY = "seen"  # part of the split -> identity of a patient -> name of the case
 
 # Keys of the configuration, below `data`, whose values the networks of an ensemble must share.
 SHARED = {
@@ -112,6 +113,39 @@ def load_ensemble(
 def build(node: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever `_target_` names)
     """Build what a part of a checkpoint's configuration describes: its data set, its cache, ..."""
     return instantiate(node, _convert_="all")
+
+
+def check_unseen(path: str | Path, cases: Mapping[str, Sequence[str]]) -> None:
+    """Refuse to test a network on patients that it was trained or validated on.
+
+    Args:
+        path: Checkpoint of the network.
+        cases: Name of each case to test on -> the identities of its patient, of which one in common
+            is enough (see `nifti.identify`). A name alone says nothing, since files are renamed.
+
+    Raises:
+        InputError: A file that `read` refuses, a checkpoint without its cases, or a case that the
+            network has seen.
+    """
+    content = read(path)
+    if SEEN_KEY not in content:
+        raise InputError(
+            f"{path}: expected a list of the cases that it was trained on, found none; an earlier "
+            "version has written it, train it again"
+        )
+    found = {
+        name: f"its {part} case {seen[identity]}"
+        for part, seen in content[SEEN_KEY].items()
+        for name, identities in cases.items()
+        for identity in identities
+        if identity in seen
+    }
+    if found:
+        first = min(found)
+        raise InputError(
+            f"{path}: expected test cases that it has not seen, found {len(found)} of {len(cases)} "
+            f"that it was trained or validated on, the first is {first}, {found[first]}"
+        )
 
 
 def check_same_network(path: str | Path, model: Mapping[str, Any]) -> None:

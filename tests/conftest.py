@@ -108,9 +108,13 @@ def write_brats(
 
 
 def write_metastases(folder: Path, labels: np.ndarray, prefix: str = "") -> None:
-    """Write a case in the layout of `Metastases`: bright lesions in noise."""
+    """Write a case in the layout of `Metastases`: bright lesions in noise, a voxel of air around.
+
+    The crop to the brain gives the labels back as they are.
+    """
     rng = np.random.default_rng(0)
     image = (100 + rng.standard_normal(labels.shape) * 5 + 80 * labels).astype(np.int16)
+    image, labels = np.pad(image, 1), np.pad(labels, 1)
     write_case(folder, {"t1ce": image}, labels.astype(np.uint8), prefix=prefix)
 
 
@@ -135,6 +139,7 @@ def tiny(brats: Path, cache_root: Path, tmp_path: Path) -> list[str]:
         "data.cache.crop=brain",
         "split.validation=0.17",
         "split.test=0.34",
+        "split.seed=3",  # three cases to train on, one for validation, two to test
         "patches=aeunet_proxy",
         "patches.size=16",
         "inference.patch_size=16",

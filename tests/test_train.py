@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +17,12 @@ from omegaconf import DictConfig
 from PIL import Image
 
 import train
+from datamodules.splits import PARTS
 from errors import InputError
 from experiments.command import USER_ERRORS, one_line
 from experiments.results import Results
 from experiments.run import RunFolder
+from files import write_json
 from lightning_modules import checkpoint
 from tests.conftest import ROOT
 
@@ -88,12 +92,11 @@ def check_dashboard(folder: Path, norm: str) -> None:
     for name in ("val/slice/", "test/cases", "test/pictures"):
         assert any(key.startswith(name) for key in logged), name
     tested = next(item["test/dice_WT"] for item in history if "test/dice_WT" in item)
-    assert tested == pytest.approx(Results.read(RunFolder(folder)).metrics["test/dice_WT"])
-    summaries = [record["metric"] for record in found if "metric" in record]
-    best = next(metric for metric in summaries if metric.get("name") == "val/dice_WT")
-    assert best["summary"] == {"max": True}
-    update = next(r["summary"]["update"] for r in found if "val/dice_WT" in str(r.get("summary")))
-    assert set(update["val/dice_WT"]) == {"max"}
+    results = Results.read(RunFolder(folder))
+    assert tested == pytest.approx(results.metrics["test/dice_WT"])
+    # The summary, the last of what was logged, is that of the checkpoint that was tested.
+    validated = [item["val/dice_WT"] for item in history if "val/dice_WT" in item]
+    assert validated[-1] == pytest.approx(results.metrics["val/dice_WT"])
     config = json.dumps([record["config"] for record in found if "config" in record])
     assert '"bottleneck": 4' in config  # nested, as in the files
     masks = list(folder.glob("wandb/offline-run-*/files/media/images/mask/**/*.png"))
@@ -224,6 +227,123 @@ def test_trainers_for_finding_bugs(composed: Compose, tiny: list[str], trainer: 
     config = composed(*short, "logger=csv", f"trainer={trainer}")
     assert 0 <= train.train(config) <= 1
     assert Results.read(RunFolder(Path(config.run_dir))).epochs == epochs
+
+
+class WorseEveryEpoch(pl.Callback):
+    """Spoils the weights after the first epoch, so that the best checkpoint is not the last."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+    ) -> None:
+        if trainer.current_epoch > 0:
+            for weight in pl_module.parameters():
+                torch.nn.init.constant_(weight, -1)
+
+
+def logged(folder: Path, score: str) -> list[float]:
+    """All values of a score in the CSV of a run, in order."""
+    rows = csv.DictReader((folder / "csv/version_0/metrics.csv").read_text().splitlines())
+    return [float(row[score]) for row in rows if row.get(score)]
+
+
+def test_validation_and_test_scores_are_of_the_same_weights(
+    composed: Compose, tiny: list[str], bright_start: None
+):
+    config = composed(
+        *tiny,
+        "logger=csv",
+        "trainer.max_epochs=3",
+        "patches.epochs_per_validation=1",
+        "+callbacks.worse._target_=tests.test_train.WorseEveryEpoch",
+    )
+    objective = train.train(config)
+    metrics = Results.read(RunFolder(Path(config.run_dir))).metrics
+    first, *others, last = logged(Path(config.run_dir), "val/dice")
+    assert max(others) < first  # the last epoch's scores were those of spoilt weights
+    assert metrics["val/dice"] == last == pytest.approx(first)
+    assert objective == metrics["val/dice"]
+
+
+@pytest.fixture
+def bright_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks predict tumour everywhere at the start, so that the first epoch has a score."""
+    from lightning_modules.segmentation import SegmentationModule
+
+    def everything(self: SegmentationModule, image: torch.Tensor) -> torch.Tensor:
+        spoilt = any(bool((weight == -1).all()) for weight in self.parameters())
+        return (image[:, :3] != 0).float() * (-10 if spoilt else 10) - 5
+
+    monkeypatch.setattr(SegmentationModule, "logits", everything)
+
+
+@pytest.mark.parametrize(
+    ("without", "parts"), [(["test"], {"val"}), (["validation"], {"test"}), (PARTS[1:], set())]
+)
+def test_a_part_without_cases_is_left_out(
+    composed: Compose, tiny: list[str], without: list[str], parts: set[str], caplog: Any
+):
+    config = composed(*tiny, "logger=csv", *(f"split.{part}=0" for part in without))
+    score = train.train(config)
+    run = RunFolder(Path(config.run_dir))
+    stages = {name.split("/")[0] for name in Results.read(run).metrics}
+    assert stages & {"val", "test"} == parts
+    assert all(run.split()[part] == [] for part in without)
+    assert run.best.is_file()
+    assert run.cases_file.is_file() == ("test" in parts)
+    assert math.isnan(score) == ("val" not in parts)
+    assert ("objective: there is no val/dice" in caplog.text) == ("val" not in parts)
+
+
+def test_the_objective_is_a_score_of_validation(composed: Compose, tiny: list[str]):
+    assert composed(*tiny).objective == "val/dice"
+    assert composed("model=dnet").objective.startswith("val/")
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_a_checkpoint_that_has_seen_test_cases_is_refused(
+    composed: Compose, tiny: list[str], brats: Path, tmp_path: Path, part: str
+):
+    first = composed(*tiny, "logger=csv", f"run_dir={tmp_path}/first")
+    train.train(first)
+    names = RunFolder(tmp_path / "first").split()
+    swapped = {**names, part: names["test"][:1], "test": names[part][:1]}
+    go_on = f"resume={tmp_path}/first/last.ckpt"
+    with pytest.raises(
+        InputError, match=rf"last.ckpt: expected .*, found 1 of 1 .*{part}"
+    ) as error:
+        train.train(resumed(composed, tiny, tmp_path / "second", swapped, go_on))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "second/csv").exists()
+
+    # Under another name it is still the same patient.
+    renamed = tmp_path / "renamed"
+    for path in brats.glob("*/*.nii.gz"):
+        (renamed / f"new_{path.parent.name}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, renamed / f"new_{path.parent.name}" / f"new_{path.name}")
+    swapped = {key: [f"new_{name}" for name in cases] for key, cases in swapped.items()}
+    with pytest.raises(InputError, match=rf"the first is new_{names[part][0]}, its {part} case "):
+        train.train(
+            resumed(
+                composed, tiny, tmp_path / "third", swapped, go_on, f"data.data_set.root={renamed}"
+            )
+        )
+
+    # The cases of the first run stay those of a run that continues from it with others.
+    kept = {**names, "train": names["train"][:1]}
+    train.train(resumed(composed, tiny, tmp_path / "fourth", kept, go_on, "trainer.max_epochs=2"))
+    seen = checkpoint.read(tmp_path / "fourth/last.ckpt")["seen"]
+    assert set(seen["train"].values()) == set(names["train"])
+    assert set(seen["validation"].values()) == set(names["validation"])
+
+
+def resumed(
+    composed: Compose, tiny: list[str], folder: Path, split: dict[str, list[str]], *overrides: str
+) -> DictConfig:
+    """A run with a split of its own."""
+    write_json(folder.with_suffix(".json"), split)
+    options = [option for option in tiny if not option.startswith(("split.", "run_dir"))]
+    split_options = ["split=file", f"split.path={folder}.json", f"run_dir={folder}"]
+    return composed(*options, *split_options, "logger=csv", *overrides)
 
 
 def test_a_runs_folder_holds_the_files_that_its_class_names(composed: Compose, tiny: list[str]):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from datamodules.brats import BraTS
 from datamodules.cases import Case, check_choice
 from datamodules.metastases import Metastases
+from datamodules.nifti import PATIENT
 from datamodules.phantom.fields import RandomStreams
 from datamodules.phantom.pathology import KINDS, draw_grade
 from datamodules.phantom.patient import VERSION, make_phantom
@@ -123,6 +124,7 @@ def _write_case(root: Path, settings: _Settings, index: int) -> None:
             image = nib.Nifti1Image(volume, phantom.affine)
             image.header.set_xyzt_units("mm")
             image.set_qform(phantom.affine, 1)
+            image.header["descrip"] = f"{PATIENT}phantom seed={seed} index={index}"
             nib.save(image, partial / f"{folder.name}_{name}.nii.gz")
 
 

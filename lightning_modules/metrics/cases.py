@@ -1,6 +1,6 @@
 """The interface of all metrics: they keep a record of every case, and score it at a threshold."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +22,10 @@ class CaseMetrics(Metric):
             the weights that it was chosen for.
 
     Attributes:
-        best_is_highest: Names of the scores whose highest value in validation, instead of the last
-            one, belongs in the summary of a run.
         records: What has been counted so far, in the subclass's own layout.
     """
 
     full_state_update = False
-    best_is_highest: Sequence[str] = ()
     records: list[Tensor]
 
     def __init__(self, threshold: float = 0.5) -> None:

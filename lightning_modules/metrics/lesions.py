@@ -266,8 +266,6 @@ class LesionMetrics(CaseMetrics):
             thresholds.
     """
 
-    best_is_highest = ("sensitivity", "sensitivity_one_to_one", "sensitivity_by_patient")
-
     def __init__(
         self,
         geometry: Geometry,

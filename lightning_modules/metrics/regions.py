@@ -156,7 +156,6 @@ class RegionMetrics(CaseMetrics):
         super().__init__(threshold)
         self.regions = list(regions)
         self.voxel_mm3 = spacing_mm**3
-        self.best_is_highest = ("dice", *(f"dice_{region}" for region in regions))
 
     def update(self, probability: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> None:
         prediction = probability > self.threshold
@@ -201,7 +200,8 @@ class RegionMetrics(CaseMetrics):
             if without.any():
                 scores[f"false_alarms_{region}"] = (alarms_mm3[without] > 0).float().mean()
                 scores[f"false_alarm_mm3_{region}"] = alarms_mm3[without].mean()
-        defined = [scores[name] for name in self.best_is_highest if name in scores]
+        by_region = (scores.get(f"dice_{region}") for region in self.regions)
+        defined = [score for score in by_region if score is not None]
         if defined:
             scores["dice"] = torch.stack([torch.as_tensor(value) for value in defined]).mean()
         return scores

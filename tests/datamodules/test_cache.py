@@ -19,6 +19,7 @@ from datamodules.brats import BraTS
 from datamodules.cache import Cache
 from datamodules.cases import Case
 from datamodules.metastases import Metastases
+from datamodules.nifti import identify
 from datamodules.preprocessing import Preprocessing
 from errors import InputError
 from tests.conftest import MODALITIES, affine_of, make_arrays, write_case, write_image
@@ -245,7 +246,18 @@ def test_what_a_case_was_made_from_is_beside_it(tmp_path, data_set):
         "mtime_ns": status.st_mtime_ns,
     }
     assert set(facts["sources"]) == {*MODALITIES, "mask"}
+    assert facts["identity"] == case.identity == identify(case.case.images["t1"])
     assert (facts["version"], facts["spacing_mm"], facts["crop"]) == (1, 1.0, "brain")
+
+
+def test_a_case_that_has_no_identity_is_made_anew(tmp_path, data_set):
+    cache = Cache(tmp_path / "cache", 1, "brain")
+    (case, *_) = cache.build(data_set.cases(), data_set)
+    facts = json.loads((case.folder / "case.json").read_text())
+    del facts["identity"]
+    (case.folder / "case.json").write_text(json.dumps(facts))
+    (again, *_) = cache.build(data_set.cases(), data_set)
+    assert again.identity == case.identity
 
 
 class _Slow(Preprocessing):

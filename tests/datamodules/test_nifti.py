@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from datamodules.nifti import open_volume, read_volume, write_volume
+from datamodules.nifti import PATIENT, identify, open_volume, read_volume, write_volume
 from errors import InputError
 from tests.conftest import affine_of, write_image
 
@@ -102,3 +102,33 @@ def test_a_written_volume_lies_on_the_grid_of_its_reference(tmp_path, axes, trai
     np.testing.assert_array_equal(np.asarray(written.dataobj), voxels)
     np.testing.assert_array_equal(written.affine, nib.load(reference).affine)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_a_scan_is_told_by_its_voxels_alone(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 99, (5, 6, 7)).astype(np.int16)
+    identity = identify(write_image(tmp_path / "a.nii.gz", voxels))
+    assert len(identity) == 1
+    others = {
+        "name.nii": (voxels, np.eye(4)),
+        "type.nii.gz": (voxels.astype(np.float32), np.eye(4)),
+        "affine.nii.gz": (voxels, affine_of("RAS", (2, 2, 2), (9, 9, 9))),
+        "orientation.nii.gz": (voxels[::-1, ::-1], affine_of("LPS")),
+        "order.nii.gz": (voxels.transpose(2, 0, 1), affine_of("SRA")),
+    }
+    for name, (same, affine) in others.items():
+        path = write_image(tmp_path / name, np.ascontiguousarray(same), affine)
+        assert identify(path) == identity, name
+    changed = voxels.copy()
+    changed[4, 5, 6] += 1
+    assert identify(write_image(tmp_path / "other.nii", changed)) != identity
+
+
+def test_a_patient_in_the_header_is_an_identity_of_its_own(tmp_path):
+    found = {}
+    for name, description, side in (("a", "patient 7", 4), ("b", "patient 7", 8), ("c", "SPM", 8)):
+        image = nib.Nifti1Image(np.full((side,) * 3, ord(name), np.int16), np.eye(4))
+        image.header["descrip"] = description
+        nib.save(image, tmp_path / f"{name}.nii")
+        found[name] = identify(tmp_path / f"{name}.nii")
+    assert set(found["a"]) & set(found["b"]) == {f"{PATIENT}7"}
+    assert len(found["c"]) == 1

@@ -207,7 +207,7 @@ def data_module(brats: Path, cache_root: Path) -> PatchDataModule:
     return PatchDataModule(
         BraTS(brats),
         Cache(cache_root, 1, "brain"),
-        FractionSplit(validation=0.17, test=0.34, seed=0),
+        FractionSplit(validation=0.17, test=0.34, seed=3),
         BalancedSampler(8),
         FLIP,
         patches_per_epoch=6,

@@ -346,6 +346,33 @@ def test_images_without_contrast_are_named(make):
         Preprocessing(1, "brain")(case, data_set)
 
 
+def test_a_scan_that_is_not_stripped_is_named(make):
+    images, labels, _ = make_arrays()
+    images["flair"] = 500 + np.random.default_rng(0).normal(0, 60, SHAPE)
+    case, data_set = make(images, labels)
+    with fails(f"{case.images['flair']}: expected a skull-stripped brain on a constant .*"):
+        Preprocessing(1, "brain")(case, data_set)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.05])
+def test_noise_in_the_air_changes_no_crop_and_hardly_a_value(make, noise):
+    images, labels, brain = make_arrays((40, 44, 36))
+    for modality, voxels in images.items():
+        images[modality] = np.where(brain, 300 + 300 * voxels / np.ptp(voxels), 0)
+    clean = Preprocessing(1, "brain")(*make(images, labels))
+    rng = np.random.default_rng(0)
+    for modality, voxels in images.items():
+        air = np.abs(rng.normal(0, 300 * noise, voxels.shape))
+        images[modality] = np.where(brain, voxels, air)
+    found = Preprocessing(1, "brain")(*make(images, labels))
+    assert found.image.shape == clean.image.shape
+    assert dice(found.image != 0, clean.image != 0) > 0.98
+    both = (found.image != 0) & (clean.image != 0)
+    difference = np.abs(found.image.astype(float) - clean.image)[both]
+    assert np.median(difference) < 0.05
+    assert difference.max() < 0.5
+
+
 @pytest.mark.parametrize("kind", ["image", "mask"])
 def test_voxels_that_are_no_numbers_are_counted(make, kind):
     images, labels, _ = make_arrays()

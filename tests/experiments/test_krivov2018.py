@@ -47,6 +47,7 @@ def small(tmp_path: Path) -> list[str]:
         f"data.cache.root={tmp_path}/cache",
         "split.validation=0.25",
         "split.test=0.25",
+        "split.seed=21",  # two cases each for validation and testing
         "patches.per_epoch=8",
         "patches.batch_size=4",
         "data.num_workers=0",

@@ -217,7 +217,3 @@ def test_regions_are_predicted_above_the_threshold():
         metrics = RegionMetrics(["WT"], threshold=threshold)
         metrics.update(probability, batch)
         assert metrics.rows()[0]["dice_WT"] == pytest.approx(2 * predicted / (predicted + 3))
-
-
-def test_scores_that_pick_the_best_run_are_named():
-    assert RegionMetrics(["WT", "ET"]).best_is_highest == ("dice", "dice_WT", "dice_ET")

@@ -79,17 +79,13 @@ class Grid(NamedTuple):
         return Grid(spacing_mm, start, stop)
 
     def around(self, mask: np.ndarray) -> "Grid":
-        """Return the box that holds a mask (X, Y, Z) on this grid and one voxel on each side."""
+        """Return the part of this box that holds a mask (X, Y, Z) and one voxel on each side."""
         box = bounding_box(mask)
-        # A NumPy integer makes `interpolate` compute its weights in double precision, a plain zero
-        # in single precision. With plain integers throughout, some voxels would differ from those
-        # of the same phantom on disk, so that change needs a new `VERSION`.
-        start: tuple[int, ...] = tuple(  # pyright: ignore[reportAssignmentType]
-            max(0, np.int64(side.start + first) - 1)
-            for side, first in zip(box, self.start, strict=True)
+        start = tuple(
+            first + max(side.start - 1, 0) for side, first in zip(box, self.start, strict=True)
         )
         stop = tuple(
-            min(last, side.stop + first + 1)
+            min(first + side.stop + 1, last)
             for side, first, last in zip(box, self.start, self.stop, strict=True)
         )
         return Grid(self.spacing_mm, start, stop)
@@ -137,7 +133,9 @@ class RandomStreams:
             shape = [int(extent_mm / length_mm) + 6 for extent_mm in FIELD_OF_VIEW_MM]
             self._controls[step] = self.generator(step).standard_normal(shape, dtype=np.float32)
         first_mm = (-2 * length_mm,) * 3
-        return evaluate_spline(self._controls[step], length_mm, first_mm, grid) / SPLINE_SD
+        return (
+            evaluate_spline(self._controls[step], length_mm, first_mm, grid.axes_mm()) / SPLINE_SD
+        )
 
 
 def draw_triangular(
@@ -153,7 +151,10 @@ def draw_triangular(
 
 
 def evaluate_spline(
-    controls: np.ndarray, length_mm: float, first_mm: Sequence[float], grid: Grid
+    controls: np.ndarray,
+    length_mm: float,
+    first_mm: Sequence[float],
+    axes_mm: Sequence[np.ndarray],
 ) -> np.ndarray:
     """Evaluate a cubic B-spline on a grid (X, Y, Z).
 
@@ -161,14 +162,14 @@ def evaluate_spline(
         controls: Control values (A, B, C). The spline smooths them and does not pass through them.
         length_mm: Distance between neighbouring controls.
         first_mm: Position of the first control (3,).
-        grid: Where to evaluate the spline.
+        axes_mm: Positions of the grid along each axis: (X,), (Y,) and (Z,).
     """
     values = controls
-    for axis_mm, start_mm, count in zip(grid.axes_mm(), first_mm, controls.shape, strict=True):
+    for axis_mm, start_mm, count in zip(axes_mm, first_mm, controls.shape, strict=True):
         position = (axis_mm[:, None] - start_mm) / length_mm
         distance = np.abs(position - np.arange(count, dtype=np.float32))
-        near = (4 - 6 * distance**2 + 3 * distance**3) / 6
-        weights = np.where(distance < 1, near, np.maximum(2 - distance, 0) ** 3 / 6)
+        wide, narrow = np.maximum(2 - distance, 0), np.maximum(1 - distance, 0)
+        weights = (wide * wide * wide - 4 * narrow * narrow * narrow) / 6
         # Each product removes the first axis and appends the new one: three restore the order.
         values = np.tensordot(values, weights.astype(np.float32), axes=(0, 1))
     return values
@@ -179,7 +180,7 @@ def interpolate(volume: np.ndarray, coarse: Grid, grid: Grid) -> np.ndarray:
     pad = 4
     controls = np.pad(volume, pad, mode="edge").astype(np.float32)
     first_mm = [(start + 0.5 - pad) * coarse.spacing_mm for start in coarse.start]
-    return evaluate_spline(controls, coarse.spacing_mm, first_mm, grid)
+    return evaluate_spline(controls, coarse.spacing_mm, first_mm, grid.axes_mm())
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

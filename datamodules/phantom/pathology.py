@@ -4,7 +4,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from datamodules.phantom.anatomy import Focus, Geometry, Tissue, Warp, load_template
+from datamodules.phantom.anatomy import Focus, Geometry, Tissue
+from datamodules.phantom.atlas import load_atlas
 from datamodules.phantom.fields import Grid, RandomStreams, interpolate, sigmoid
 from datamodules.phantom.ranges import (
     LARGEST_METASTASIS_MM,
@@ -16,6 +17,7 @@ from datamodules.phantom.ranges import (
     MOST_METASTASES,
     RING_FROM_MM,
 )
+from datamodules.phantom.shape import Warp
 
 NECROSIS, OEDEMA, ENHANCING = 1, 2, 4  # BraTS labels
 
@@ -70,6 +72,11 @@ def draw_grade(random: RandomStreams) -> str:
     return "HGG" if random.has("hgg") else "LGG"
 
 
+def draw_enhancement(random: RandomStreams) -> bool:
+    """Decide whether a glioma takes up contrast agent; low grades often do not."""
+    return random.has(f"enhancing_{draw_grade(random).lower()}")
+
+
 def draw_foci(random: RandomStreams, warp: Warp) -> list[Focus]:
     """Draw the tumours of a glioma: one, or two or three if it is multifocal.
 
@@ -78,19 +85,20 @@ def draw_foci(random: RandomStreams, warp: Warp) -> list[Focus]:
     from scipy.spatial.transform import Rotation
 
     generator = random.generator("foci")
-    sites_mm = load_template().glioma_sites_mm
+    sites_mm = load_atlas().glioma_sites_mm
     count = int(generator.integers(2, 4)) if random.has("multifocal") else 1
     foci: list[Focus] = []
     for number in range(count):
-        if foci:
-            distance_mm = np.linalg.norm(sites_mm - warp.to_mni_mm(foci[0].centre_mm), axis=1)
+        site_mm = sites_mm[generator.integers(len(sites_mm))]
+        if number == 0:
+            distance_mm = np.linalg.norm(sites_mm - site_mm, axis=1)
             sites_mm = sites_mm[(distance_mm > 25) & (distance_mm < 60)]
         item = str(number)
         radius_mm = random.draw("radius_mm", item) * (0.5 if foci else 1)
         rotation = Rotation.random(rng=generator).as_matrix()
         foci.append(
             Focus(
-                centre_mm=warp.from_mni_mm(sites_mm[generator.integers(len(sites_mm))]),
+                centre_mm=warp.from_mni_mm(site_mm),
                 radius_mm=radius_mm,
                 axes=rotation / random.draw_per_axis("elongation", item),
                 push_mm=min(random.draw("push_mm", item), 0.4 * radius_mm),
@@ -106,6 +114,7 @@ class Glioma:
     def __init__(self, random: RandomStreams, warp: Warp) -> None:
         self.random = random
         self.grade = draw_grade(random)
+        self.enhances = draw_enhancement(random)
         self.foci = draw_foci(random, warp)
 
     def spread(self, geometry: Geometry, tissue: Tissue) -> None:
@@ -125,7 +134,7 @@ class Glioma:
         depth_mm = _core_depth_mm(random, geometry, tissue, grid)
         core = sigmoid(depth_mm / 0.6)
         enhancing = np.zeros_like(core)
-        if random.has(f"enhancing_{self.grade.lower()}"):
+        if self.enhances:
             rim_mm = random.draw("rim_mm") * (1 + 0.6 * random.smooth_field("rim", 9.0, grid))
             rim_mm -= 2.0 * (random.smooth_field("gaps", 7.0, grid) > 1.2)
             enhancing = core * sigmoid((rim_mm - depth_mm) / 0.5)
@@ -194,7 +203,7 @@ class BrainMetastases:
         deviation = METASTASIS_LOG_SD * generator.standard_normal(count)
         radii_mm = METASTASIS_RADIUS_MM * np.exp(deviation)
         self.radii_mm = np.clip(radii_mm, LEAST_METASTASIS_MM, LARGEST_METASTASIS_MM)
-        sites_mm = generator.choice(load_template().metastasis_sites_mm, count)
+        sites_mm = generator.choice(load_atlas().metastasis_sites_mm, count)
         self.centres_mm = [warp.from_mni_mm(site_mm) for site_mm in sites_mm]
         self.has_oedema = (self.radii_mm > RING_FROM_MM) & (generator.random(count) < 0.7)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datamodules.phantom.anatomy import build_geometry, draw_warp, healthy_tissue, ventricles
+from datamodules.phantom.anatomy import build_geometry, healthy_tissue, ventricles
 from datamodules.phantom.fields import Grid, RandomStreams, interpolate
 from datamodules.phantom.pathology import KINDS, Pathology
 from datamodules.phantom.ranges import FIELD_OF_VIEW_MM, MODALITIES
@@ -16,8 +16,9 @@ from datamodules.phantom.scanner import (
     ideal_image,
     quantise,
 )
+from datamodules.phantom.shape import draw_warp
 
-VERSION = 2  # to be raised when the same seed and index give other voxels than before
+VERSION = 3  # to be raised when the same seed and index give other voxels than before
 
 
 class Phantom(NamedTuple):

@@ -33,16 +33,30 @@ TEXTURE = {
 
 # What every case draws one value or more from.
 RANGES = {
-    # anatomy
-    "brain_scale": (0.84, 1.00),  # relative to the MNI152 brain, which is larger than most
-    "axis_scale": (0.96, 1.04),
+    # anatomy; changes of a size and distances are those of tissue from the atlas to the case
+    "age_years": (20.0, 85.0),  # most gliomas are found between 35 and 70
+    # With `axis_scale` and the deformation, this gives brains of 1.4 l with a standard deviation of
+    # 10 %, as in adults. It is relative to the MNI152 brain, which is larger than most.
+    "brain_scale": (0.86, 0.98),
+    "axis_scale": (0.95, 1.05),
     "rotation_deg": (-7.0, 7.0),
     "shift_mm": (-4.0, 4.0),
+    "asymmetry": (0.15, 0.45),  # amplitude of the part of the deformation that is not symmetric
+    "lobe_growth": (-0.15, 0.15),  # logarithm of the length at the centre of a lobe
+    "lobe_asymmetry": (-0.06, 0.06),  # right minus left
+    # How much further forward the right hemisphere lies. The right frontal and the left occipital
+    # lobe usually protrude, by a few mm (Toga & Thompson 2003, "Mapping brain asymmetry").
+    "petalia_mm": (-2.0, 4.0),
+    "cerebellum_growth": (-0.12, 0.12),  # logarithm of the length, brainstem included
+    "cerebellum_mm": (-3.0, 3.0),  # per axis, relative to the cerebrum
+    "ventricle_asymmetry_mm": (-0.8, 0.8),  # movement of the border, more on the right
+    "ventricle_horns_mm": (-1.0, 1.0),  # movement of the border, more in front
+    "brainstem_end_mm": (-74.0, -58.0),  # MNI height at which skull stripping cuts the brainstem
     "cortex_mm": (1.8, 3.0),
-    "sulcus_mm": (0.7, 1.9),  # half width
+    "sulcus_mm": (0.8, 1.8),  # half width in middle age
     "sulcus_depth_mm": (11.0, 19.0),
     "gyrus_mm": (3.9, 5.6),  # spacing of the control values; sulci are about 2.5 times that apart
-    "atrophy": (-0.20, 0.15),  # added to the probability of CSF
+    "atrophy": (-0.17, 0.12),  # added to the probability of CSF in middle age
     # pathology
     "radius_mm": (12.0, 27.0),  # of a glioma's core: 7 to 80 ml, as in BraTS
     "elongation": (0.75, 1.3),
@@ -65,11 +79,35 @@ RANGES = {
     "brain_margin_mm": (-1.5, 1.5),  # what skull stripping leaves (+) or takes away (-)
 }
 
-# Share of the cases that have a property.
+# The random deformation of a head is a sum of smooth fields. For each distance between control
+# values in mm: standard deviation in mm along each axis, at the surface of the brain and inside.
+# The surface varies less, because skulls are smooth.
+SHAPE_SD_MM = {60.0: (3.5, 5.5), 35.0: (1.2, 3.0), 20.0: (0.4, 1.2)}
+
+# MNI position of the centre of each right lobe, and the standard deviation of its weight.
+LOBES_MM = {
+    "frontal": (30.0, 38.0, 20.0),
+    "parietal": (32.0, -45.0, 45.0),
+    "temporal": (48.0, -15.0, -22.0),
+    "occipital": (22.0, -80.0, 5.0),
+}
+LOBE_SIZE_MM = 26.0
+
+# The volume of the lateral and the third ventricles is log-normal and grows about threefold between
+# the ages of 20 and 80. Adults have 7 to 60 ml, with a median of about 20. The volumes measured in
+# phantoms come out a fifth smaller than drawn, because of partial volume. With the same age, the
+# sulci widen.
+MIDDLE_AGE_YEARS = 52.5
+VENTRICLES_ML, VENTRICLES_LOG_SD, VENTRICLES_LOG_PER_YEAR = 24.0, 0.4, 0.02
+LEAST_VENTRICLES_ML, MOST_VENTRICLES_ML = 8.0, 72.0
+SULCUS_MM_PER_YEAR, CSF_PER_YEAR = 0.012, 0.003  # of `sulcus_mm` and of `atrophy`
+
+# Share of the cases that have a property. The training cases of BraTS 2019 are 259 HGG and 76 LGG.
+# One in twelve has no enhancing tumour, and nearly all of these are LGG.
 CHANCES = {
-    "hgg": 0.65,
-    "enhancing_lgg": 0.15,
-    "enhancing_hgg": 0.95,
+    "hgg": 259 / 335,
+    "enhancing_lgg": 0.65,
+    "enhancing_hgg": 0.995,
     "cyst": 0.2,
     "multifocal": 0.2,
     "hyperintensities": 0.3,  # small, in healthy white matter; not labelled

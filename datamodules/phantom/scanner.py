@@ -155,6 +155,7 @@ def draw_brain_mask(random: RandomStreams, tissue: Tissue, grid: Grid) -> np.nda
     margin_mm = random.draw("brain_margin_mm") + 0.7 * random.smooth_field("rind", 12.0, grid)
     bites_mm = 8 * np.maximum(random.smooth_field("bites", 8.0, grid) - 2.6, 0)
     mask = tissue.depth_mm > bites_mm - np.minimum(margin_mm, 3)
+    mask &= tissue.mni_mm[2] > random.draw("brainstem_end_mm")
     if random.has("cut_field_of_view"):
         z_mm = grid.axes_mm()[2]
         cut_mm = random.generator("cut").uniform(5, 25)

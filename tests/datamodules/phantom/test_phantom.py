@@ -6,10 +6,11 @@ import pytest
 from scipy.ndimage import binary_dilation
 
 from datamodules.phantom import MODALITIES, Phantom, make_phantom
-from datamodules.phantom.anatomy import Tissue, build_geometry, draw_warp, healthy_tissue
+from datamodules.phantom.anatomy import Tissue, build_geometry, healthy_tissue
 from datamodules.phantom.fields import Grid, RandomStreams
-from datamodules.phantom.pathology import draw_foci
+from datamodules.phantom.pathology import draw_enhancement, draw_foci, draw_grade
 from datamodules.phantom.ranges import CHANCES
+from datamodules.phantom.shape import draw_warp
 
 SPACING_MM = 4.0
 CASES = range(8)
@@ -107,13 +108,20 @@ def test_tumours_are_nested_and_of_plausible_size(cases: list[Phantom]) -> None:
     assert 0.3 < np.median(ratios) < 3.5
 
 
-def test_enhancement_belongs_to_high_grades(cases: list[Phantom]) -> None:
-    enhances = {
-        grade: [(case.labels == 4).any() for case in cases if case.grade == grade]
-        for grade in ("HGG", "LGG")
-    }
-    assert np.mean(enhances["HGG"]) > 0.7
-    assert np.mean(enhances["LGG"]) < 0.5
+def test_one_glioma_in_twelve_does_not_enhance_and_nearly_all_of_these_are_low_grades() -> None:
+    count = 4000
+    streams = [RandomStreams(5, index) for index in range(count)]
+    grades = np.array([draw_grade(random) for random in streams])
+    enhances = np.array([draw_enhancement(random) for random in streams])
+    empty = int(np.sum(~enhances))
+    within = 3 * np.sqrt(count * 1 / 12 * 11 / 12)  # three standard deviations of a binomial
+    assert abs(empty - count / 12) < within
+    assert np.mean(grades[~enhances] == "LGG") > 0.85
+
+
+def test_label_maps_have_enhancing_tumour_where_the_case_enhances(cases: list[Phantom]) -> None:
+    for index, case in zip(CASES, cases, strict=True):
+        assert (case.labels == 4).any() == draw_enhancement(RandomStreams(0, index))
 
 
 def test_oedema_follows_white_matter_and_spares_the_ventricles(cases: list[Phantom]) -> None:

@@ -1,7 +1,7 @@
 """Healthy anatomy of one case: MNI152 tissue maps, deformed, refolded and displaced by tumours.
 
-Positions in the case are mm from the lower corner of the field of view; positions in the template
-are MNI mm.
+Positions in the case are mm from the lower corner of the field of view; positions in the atlas are
+MNI mm.
 """
 
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ def build_geometry(random: RandomStreams, warp: Warp, foci: list[Focus]) -> Geom
 
 
 def _draw_sulci(random: RandomStreams) -> np.ndarray:
-    """Return the signed distance in mm to the nearest random sulcus, on the template's 2 mm grid.
+    """Return the signed distance in mm to the nearest random sulcus, on the 2 mm grid of the atlas.
 
     The zero level of a smooth field is a labyrinth of sheets like the folds of the cortex. The
     field is looked up near the closest surface point, so that the sheets stand upright on the
@@ -139,7 +139,7 @@ class Tissue(NamedTuple):
 def healthy_tissue(random: RandomStreams, geometry: Geometry, grid: Grid) -> Tissue:
     """Make the healthy tissue on a grid, displaced by the tumours.
 
-    The template's maps are averages of 152 brains: right in the depth, but smeared in the cortex.
+    The maps of the atlas are averages of 152 brains: right in the depth, but smeared in the cortex.
     Near the surface a ribbon of grey matter along random sulci replaces them.
     """
     atlas = load_atlas()
@@ -169,8 +169,9 @@ def healthy_tissue(random: RandomStreams, geometry: Geometry, grid: Grid) -> Tis
 
     balance += 0.15 * random.smooth_field("border", 3.0, grid)
     balance += shallow * (0.9 * ribbon - 0.45 * balance)
-    loss = random.draw("atrophy") + CSF_PER_YEAR * years
-    liquid = 2.2 * np.maximum(csf + loss, 1.1 * fissure) - 1
+    # Where the atlas is certain that there is fluid, or that there is none, age changes nothing.
+    csf += 4 * csf * (1 - csf) * (random.draw("atrophy") + CSF_PER_YEAR * years)
+    liquid = 3 * np.maximum(csf, 1.1 * fissure) - 1.36
     liquid += np.maximum(0.6 - depth_mm, 0)
     sharpness = 4.5 / max(grid.spacing_mm, 1)
     csf = sigmoid(sharpness * (liquid - np.abs(balance)))

@@ -65,8 +65,8 @@ class Atlas(NamedTuple):
             brainstem; 2 mm.
         ventricles: Weight of the lateral and the third ventricles (X', Y', Z'), 0 to 1; 2 mm.
         ventricle_flow: Direction in which tissue moves when the ventricles grow (3, A', B', C'),
-            on `VENTRICLES`. Its length is 1 at their border and falls to 0 in
-            their middle, at the surface of the brain and far from the ventricles.
+            on `VENTRICLES`. Its length is 1 at their border, and falls to 0 in their middle, at the
+            surface of the brain and far from the ventricles.
         inner: Weight of the depth of the brain (A, B, C), from 0 at its surface and outside to 1 at
             a depth of 20 mm, on `HEAD`.
         below: Weight of the cerebellum and the brainstem (A, B, C), 0 to 1, on `HEAD`.

@@ -93,12 +93,14 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     from experiments.training import fit_and_test, prepare_process
     from lightning_modules.callbacks import SaveConfig, SaveSeenCases
     from lightning_modules.checkpoint import check_same_network
+    from lightning_modules.constructors import check_constructors
 
     prepare_process(folder)
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    check_constructors(plain, "configuration")  # else no checkpoint of this run could be loaded
     pl.seed_everything(config.seed, workers=True)
     build = partial(instantiate, _convert_="all")  # plain lists and dicts from here on
     module, datamodule, trainer = build(config.module), build(config.data), build(config.trainer)
-    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     trainer.callbacks += [SaveConfig(plain), SaveSeenCases()]
     resume = config.resume
     if resume is None and folder.last.is_file() and not config.again:

@@ -10,6 +10,7 @@ import torch
 from hydra.utils import instantiate
 
 from errors import InputError
+from lightning_modules.constructors import check_constructors
 from lightning_modules.inference import Ensemble
 from lightning_modules.segmentation import SegmentationModule
 
@@ -35,7 +36,8 @@ def read(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file to the CPU, without executing code that it may contain.
 
     Raises:
-        InputError: There is no such file, or train.py has not written it.
+        InputError: There is no such file, train.py has not written it, or its configuration names
+            what conf/ does not.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,6 +51,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: expected a checkpoint written by train.py, with its configuration in it"
         )
+    check_constructors(content[CONFIG_KEY], path)
     return content
 
 
@@ -111,7 +114,11 @@ def load_ensemble(
 
 
 def build(node: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever `_target_` names)
-    """Build what a part of a checkpoint's configuration describes: its data set, its cache, ..."""
+    """Build what a part of a checkpoint's configuration describes: its data set, its cache, ...
+
+    Args:
+        node: Part of a configuration that `read` has checked.
+    """
     return instantiate(node, _convert_="all")
 
 

@@ -1,16 +1,24 @@
 """Files and folders that are there whole or not at all."""
 
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from files import write_json, write_text, written_whole
+import files
+from errors import InputError
+from files import PREFIX, write_json, write_text, written_whole
 from tests.conftest import ROOT
 
 
@@ -86,15 +94,50 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 3  # with `begun` and half of a file
     write_text(path, "new")
-    assert path.read_text() == "new"
+    assert content(tmp_path) == {"a.txt": "new", "begun": ""}
 
 
 def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path):
-    (tmp_path / f".partial-{os.getpid()}-a").mkdir()
-    (tmp_path / f".partial-{os.getpid()}-a" / "file").write_text("half")
+    (tmp_path / f"{PREFIX}{os.getpid()}-a").mkdir()
+    (tmp_path / f"{PREFIX}{os.getpid()}-a" / "file").write_text("half")
     write_text(tmp_path / "a", "new")
     assert content(tmp_path) == {"a": "new"}
+
+
+def test_what_another_process_is_writing_stays(tmp_path: Path):
+    begun = tmp_path / f"{PREFIX}{os.getppid()}-a"
+    begun.write_text("half")
+    write_text(tmp_path / "a", "new")
+    assert content(tmp_path) == {"a": "new", begun.name: "half"}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(bytes(2**20)),
+        lambda path: np.save(path, np.ones(2**17)),
+        lambda path: torch.save(torch.ones(2**18), path),
+    ],
+    ids=["bytes", "numpy", "torch"],
+)
+def test_a_full_disk_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Any]
+):
+    """The limit is on the size of a file instead: a disk of a few kB takes root to make."""
+    monkeypatch.setattr(files, "FULL", (errno.EFBIG,))
+    monkeypatch.setattr(files, "_is_full", lambda folder: True)
+    path = tmp_path / "a.npy"
+    path.write_text("old")
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, usual[1]))
+    try:
+        with pytest.raises(InputError, match="no room on the disk"), written_whole(path) as partial:
+            write(partial)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert content(tmp_path) == {"a.npy": "old"}
 
 
 def test_json_is_readable_by_people_too(tmp_path: Path):

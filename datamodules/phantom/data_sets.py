@@ -1,6 +1,5 @@
 """Folders of phantoms, and data sets that write their phantoms when they are first used."""
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,7 +16,7 @@ from datamodules.phantom.pathology import KINDS, draw_grade
 from datamodules.phantom.patient import VERSION, make_phantom
 from datamodules.phantom.ranges import MODALITIES
 from errors import InputError
-from files import write_json, written_whole
+from files import read_json, write_json, written_whole
 
 
 class _Settings(NamedTuple):
@@ -77,15 +76,24 @@ def write_phantoms(
 
 
 def _check_settings(path: Path, settings: dict[str, object]) -> None:
-    """Record the settings of a new data set, or check that they are the recorded ones."""
+    """Record the settings of a new data set, or check that they are the recorded ones.
+
+    Raises:
+        InputError: The folder holds phantoms of other settings, or files that are no phantoms.
+    """
     if not path.exists():
+        if others := sorted(file.name for file in path.parent.glob("[!.]*")):
+            raise InputError(
+                f"{path.parent}: expected an empty folder to write phantoms to, found "
+                f"{', '.join(others[:3])}; for real scans, say data=brats or data=metastases"
+            )
         write_json(path, settings)
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error}); remove the folder") from None
+    advice = "remove the folder, or choose another"
+    found = read_json(path, advice)
     if found != settings:
-        raise InputError(f"{path}: phantoms of {found} found, {settings} asked for")
+        raise InputError(
+            f"{path}: expected phantoms of {settings}, found those of {found}; {advice}"
+        )
 
 
 def _write_missing(root: Path, settings: _Settings, count: int, workers: int) -> None:

@@ -16,6 +16,7 @@ from filelock import FileLock
 from datamodules.phantom import MODALITIES, make_phantom, write_phantoms
 from datamodules.phantom.patient import VERSION
 from errors import InputError
+from files import PREFIX
 from tests.conftest import ROOT
 
 COMMAND = (sys.executable, "-m", "datamodules.phantom")
@@ -165,3 +166,33 @@ def test_help_and_typos_load_nothing_heavy() -> None:
     start = time.monotonic()
     assert run("--casse", "1").returncode == 2
     assert time.monotonic() - start < 5  # under a second on an idle machine
+
+
+def test_phantoms_are_not_written_among_other_files(tmp_path: Path) -> None:
+    """The folder of scans that `data.data_set.root=FOLDER` names without `data=brats`."""
+    (tmp_path / "BraTS2021_00000").mkdir()
+    with pytest.raises(InputError, match=r"expected an empty folder .* found BraTS2021_00000"):
+        write_phantoms(tmp_path, 1, spacing_mm=6, seed=0, workers=1)
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["BraTS2021_00000"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", b"\xff\xfe", '{"version": 1}'])
+def test_broken_settings_are_one_line(tmp_path: Path, content: str | bytes) -> None:
+    raw = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "phantoms.json").write_bytes(raw)
+    with pytest.raises(InputError, match=r"phantoms.json: expected .*; remove the folder") as error:
+        write_phantoms(tmp_path, 1, spacing_mm=6, seed=0, workers=1)
+    assert "\n" not in str(error.value)
+
+
+def test_killed_while_it_writes_a_case_the_command_goes_on(written: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, str(tmp_path / "new"), "--cases", "3", "--spacing-mm", "6"]
+    process = subprocess.Popen([*command, "--workers", "1"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "new").glob(f"*/{PREFIX}*")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    write_phantoms(tmp_path / "new", 3, spacing_mm=6, seed=0, workers=1)
+    assert volumes(tmp_path / "new") == volumes(written)
+    assert not list((tmp_path / "new").glob(f"*/{PREFIX}*"))

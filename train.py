@@ -92,7 +92,7 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
 
     from experiments.training import fit_and_test, prepare_process
     from lightning_modules.callbacks import SaveConfig, SaveSeenCases
-    from lightning_modules.checkpoint import check_same_network
+    from lightning_modules.checkpoint import check_same_network, first_readable
     from lightning_modules.constructors import check_constructors
 
     prepare_process(folder)
@@ -102,12 +102,11 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     build = partial(instantiate, _convert_="all")  # plain lists and dicts from here on
     module, datamodule, trainer = build(config.module), build(config.data), build(config.trainer)
     trainer.callbacks += [SaveConfig(plain), SaveSeenCases()]
-    resume = config.resume
-    if resume is None and folder.last.is_file() and not config.again:
-        resume = folder.last
+    latest = None if config.again else first_readable([folder.last, folder.best])
+    resume = latest or config.resume
     if resume is not None:
         check_same_network(resume, plain["model"])
-    return fit_and_test(module, datamodule, trainer, folder, plain, resume)
+    return fit_and_test(module, datamodule, trainer, folder, plain, resume, anew=config.again)
 
 
 if __name__ == "__main__":

@@ -71,4 +71,5 @@ def one_line(error: Exception) -> str:
             f"{group[1]}: not a group of this model, so it would change nothing; its file in "
             "conf/model lists the groups that it has"
         )
+    text = text.removeprefix("InputError raised while resolving interpolation: ")
     return text.partition(" Config search path:")[0].partition(" full_key:")[0]

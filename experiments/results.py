@@ -1,6 +1,5 @@
 """What came out of a run, and one screen of it."""
 
-import json
 import platform
 import resource
 import sys
@@ -11,9 +10,10 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from errors import InputError
 from experiments.cost import Cost
 from experiments.run import RunFolder
-from files import write_json
+from files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,20 @@ class Results:
 
     @classmethod
     def read(cls, folder: RunFolder) -> "Results":
-        """Read the results of a finished run."""
-        content = json.loads(folder.results_file.read_text())
-        return cls(**{**content, "cost": Cost(**content["cost"])})
+        """Read the results of a finished run.
+
+        Raises:
+            InputError: The file is missing, broken or of another version.
+        """
+        advice = "again=true trains the run again"
+        content = read_json(folder.results_file, advice)
+        try:
+            return cls(**{**content, "cost": Cost(**content["cost"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{folder.results_file}: expected the results of a run, found others ({error}); "
+                f"{advice}"
+            ) from None
 
     def write(self, folder: RunFolder) -> None:
         """Write the file that says that the run is finished."""

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from errors import InputError
 
 # What a run is: its name is a hash of these nodes of the configuration, less the keys below.
-IDENTITY = ("module", "data", "seed", "trainer", "callbacks")
+IDENTITY = ("module", "data", "seed", "trainer", "callbacks", "resume")
 
 # Keys that change where and how fast a run computes, and what it reports, but no weight and no
 # score. All other keys count, so that two different questions never share a folder.
@@ -35,6 +35,7 @@ NO_EFFECT = (
     "trainer.log_every_n_steps",
     "trainer.logger",
     "trainer.num_sanity_val_steps",
+    "trainer.plugins",
     "callbacks.learning_rate",
     "callbacks.memory",
     "callbacks.pictures",
@@ -56,6 +57,8 @@ def identity(root: DictConfig) -> dict[str, Any]:
         for parent in parents:
             node = node.get(parent) or {}
         node.pop(key, None)
+    if plain.get("resume"):
+        plain["resume"] = _digest(Path(plain["resume"]))
     plain["run_dir"] = "."  # the folder is what is being named, and callbacks refer to it
     resolved: Any = OmegaConf.create({key: plain[key] for key in plain if key != "hydra"})
     return {
@@ -63,6 +66,15 @@ def identity(root: DictConfig) -> dict[str, Any]:
         for key in IDENTITY
         if (node := resolved[key]) is not None
     }
+
+
+def _digest(checkpoint: Path) -> str:
+    """Hash the checkpoint that a run starts from; its path would say little about it."""
+    try:
+        with checkpoint.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"resume: {checkpoint}: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,11 @@ class RunFolder:
         return self.path / "last.ckpt"
 
     @property
+    def fitted_file(self) -> Path:
+        """What `fit` logged, written when it ends: with it, only testing is left to do."""
+        return self.path / "fitted.json"
+
+    @property
     def results_file(self) -> Path:
         """The last file that a run writes: where it is, the run is finished."""
         return self.path / "results.json"
@@ -129,7 +146,17 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
+        """Whether the run has its results."""
         return self.results_file.is_file()
+
+    def clear(self) -> None:
+        """Remove what says how far the run has come, so that it begins anew.
+
+        The first to go is the file that says that the run is finished, and the last those that a
+        later process would go on from: killed in between, the run is merely unfinished.
+        """
+        for file in (self.results_file, self.fitted_file, self.best, self.last):
+            file.unlink(missing_ok=True)
 
     def split(self) -> dict[str, list[str]]:
         """Names of the cases of each part.

@@ -16,6 +16,7 @@ from datamodules.patches import PatchDataModule
 from experiments.cost import predict_cost
 from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
 from experiments.run import RunFolder
+from files import read_json, write_json
 from lightning_modules.checkpoint import check_unseen
 from lightning_modules.segmentation import SegmentationModule
 
@@ -54,9 +55,12 @@ def fit_and_test(
     folder: RunFolder,
     config: dict[str, Any],
     resume: str | Path | None,
+    *,
+    anew: bool = False,
 ) -> Results:
     """Train a module, then validate and test the best checkpoint that came out of it.
 
+    A run that was interrupted after training is not trained on: `RunFolder.fitted_file` tells.
     A part of the split without cases is left out. Without validation cases no checkpoint is better
     than another: the last one is taken for the best, and training does not stop early.
 
@@ -67,6 +71,7 @@ def fit_and_test(
         folder: Folder of the run.
         config: The resolved configuration, for the loggers.
         resume: Checkpoint to continue from.
+        anew: Whether to forget what the folder has of an earlier run, once all is checked.
 
     Raises:
         InputError: The data cannot be used, or the checkpoint has seen cases of the test part.
@@ -85,15 +90,25 @@ def fit_and_test(
         check_unseen(resume, {case.name: case.identity for case in test_cases})
     if not parts.validation:
         train_without_validation(trainer)
+    if anew:
+        folder.clear()
     watch = Stopwatch()
     exit_code = 1
     try:
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
-        with watch("fit"):
-            trainer.fit(module, datamodule, ckpt_path=resume)
-        epochs = trainer.current_epoch
-        metrics = dict(trainer.callback_metrics)
+        if folder.fitted_file.is_file():
+            fitted = read_json(folder.fitted_file, "again=true trains the run again")
+        else:
+            with watch("fit"):
+                trainer.fit(module, datamodule, ckpt_path=resume)
+            fitted = {
+                "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+                "epochs": trainer.current_epoch,
+                "fit_s": watch.seconds["fit"],
+            }
+            write_json(folder.fitted_file, fitted)
+        metrics = dict(fitted["metrics"])
         with watch("test"):
             # The last validation was of the last weights: its scores would stand beside the test
             # scores of other weights, in the results, in the CSV and in the summary of W&B.
@@ -114,8 +129,8 @@ def fit_and_test(
         choices=dict(sorted(chosen.items())),
         metrics={name: float(value) for name, value in metrics.items()},
         cost=cost,
-        epochs=epochs,
-        fit_s=watch.seconds["fit"],
+        epochs=fitted["epochs"],
+        fit_s=fitted["fit_s"],
         test_s=watch.seconds["test"],
         peak_memory_mib=peak_memory_mib(),
         device=device_name(),

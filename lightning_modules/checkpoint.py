@@ -1,9 +1,9 @@
 """Checkpoints: weights, the configuration that rebuilds the module, the cases it has seen."""
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:  # torch has no error of its own for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(content, dict) or CONFIG_KEY not in content:
@@ -53,6 +53,30 @@ def read(path: str | Path) -> dict[str, Any]:
         )
     check_constructors(content[CONFIG_KEY], path)
     return content
+
+
+def first_readable(paths: Sequence[Path]) -> Path | None:
+    """Find the checkpoint to go on from; one that cannot be read is left out with a warning.
+
+    Everything random hangs on the seed and the step, so that training leads from any checkpoint of
+    a run to the same weights.
+
+    Args:
+        paths: Checkpoints of one run, the latest first; they need not exist.
+
+    Returns:
+        The first that can be read and has more in it than weights, or None.
+    """
+    for path in paths:
+        if path.is_file():
+            try:
+                content = read(path)
+            except InputError as error:
+                logging.warning("%s; going on from an earlier one, or from the start", error)
+                continue
+            if "optimizer_states" in content:
+                return path
+    return None
 
 
 def load(path: str | Path) -> Loaded:

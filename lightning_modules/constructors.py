@@ -1,8 +1,9 @@
 """Which constructors a configuration may name: those that the files of conf/ name, and no others.
 
 What a checkpoint describes is rebuilt from the configuration in it, and a checkpoint may come from
-anyone. Hydra would call whatever `_target_` names: a function that unpickles a file by its address,
-say, and so runs any code. Names are therefore compared with those in conf/ before anything is built.
+anyone. Hydra would call whatever `_target_` names, even a function that unpickles a file by its
+address and so runs any code. Names are therefore compared with those in conf/ before anything is
+built.
 """
 
 import re

@@ -4,8 +4,11 @@ import csv
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from errors import InputError
 from experiments.command import USER_ERRORS, one_line
 from experiments.results import Results
 from experiments.run import RunFolder
-from files import write_json
+from files import PREFIX, write_json
 from lightning_modules import checkpoint
 from tests.conftest import ROOT
 
@@ -134,7 +137,8 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_equals_an_uninterrupted_one(
     composed: Compose, tiny: list[str], tmp_path: Path, workers: int
 ):
-    common = [*tiny, "logger=csv", "trainer.max_epochs=3", f"data.num_workers={workers}"]
+    common = [*tiny, "logger=csv", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=1"]
+    common += [f"data.num_workers={workers}"]
     whole = composed(*common, f"run_dir={tmp_path}/whole")
     train.train(whole)
     broken = composed(
@@ -145,6 +149,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     with pytest.raises(ConnectionAbortedError):
         train.train(broken)
     assert not (tmp_path / "broken/results.json").exists()
+    assert checkpoint.read(tmp_path / "broken/last.ckpt")["epoch"] == 0
     train.train(composed(*common, f"run_dir={tmp_path}/broken"))
     expected = weights_of(tmp_path / "whole/last.ckpt")
     for name, tensor in weights_of(tmp_path / "broken/last.ckpt").items():
@@ -350,9 +355,109 @@ def test_a_runs_folder_holds_the_files_that_its_class_names(composed: Compose, t
     config = composed(*tiny, "logger=csv")
     train.train(config)
     run = RunFolder(Path(config.run_dir))
-    named = (run.best, run.last, run.results_file, run.split_file, run.cases_file)
+    named = (run.best, run.last, run.fitted_file, run.results_file, run.split_file, run.cases_file)
     assert all(path.is_file() for path in (*named, *run.metrics_files))
     assert len(run.metrics_files) == 1
     assert run.split()["test"] == sorted(path.stem for path in run.pictures.glob("*.png"))
     written = {path.name for path in run.path.iterdir()}
     assert written - {path.name for path in (*named, run.pictures)} == {"csv", ".claim"}
+
+
+class DieWhen(pl.Callback):
+    """A machine that dies while the run is tested."""
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        raise ConnectionAbortedError("power is out")
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        ["trainer.max_epochs=2"],
+        # The first validation is the best there will be, so that training stops at the second.
+        ["trainer.max_epochs=9", "callbacks.early_stopping.patience=1", "optimizer.lr=0"],
+    ],
+    ids=["at the last epoch", "early"],
+)
+def test_a_run_that_dies_while_it_is_tested_is_only_tested_when_it_starts_again(
+    composed: Compose, tiny: list[str], tmp_path: Path, stop: list[str]
+):
+    common = [*tiny, "logger=csv", "trainer.check_val_every_n_epoch=1", *stop]
+    train.train(composed(*common, f"run_dir={tmp_path}/whole"))
+    folder = tmp_path / "broken"
+    with pytest.raises(ConnectionAbortedError):
+        train.train(
+            composed(
+                *common, f"run_dir={folder}", "+callbacks.die._target_=tests.test_train.DieWhen"
+            )
+        )
+    written = (folder / "last.ckpt").stat().st_mtime_ns
+    train.train(composed(*common, f"run_dir={folder}"))
+    assert (folder / "last.ckpt").stat().st_mtime_ns == written
+    whole, broken = (
+        json.loads((path / "results.json").read_text()) for path in (tmp_path / "whole", folder)
+    )
+    assert broken["epochs"] == whole["epochs"] == 2
+    assert broken["metrics"] == whole["metrics"]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(
+    composed: Compose, tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    common = [*tiny, "logger=csv", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=1"]
+    more = [*common, f"run_dir={tmp_path}/run"]
+    with pytest.raises(ConnectionAbortedError):
+        train.train(composed(*more, "+callbacks.stop._target_=tests.test_train.StopAtEpoch"))
+    last = tmp_path / "run/last.ckpt"
+    last.write_bytes(last.read_bytes()[:50_000])
+    train.train(composed(*more))
+    assert f"{last}: not a readable checkpoint" in caplog.text
+    train.train(composed(*common, f"run_dir={tmp_path}/whole"))
+    expected = weights_of(tmp_path / "whole/last.ckpt")
+    for name, tensor in weights_of(last).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_new_start_that_is_killed_leaves_no_result_of_the_old(
+    composed: Compose, tiny: list[str], tmp_path: Path
+):
+    common = [*tiny, "logger=csv", "trainer.max_epochs=2"]
+    train.train(composed(*common))
+    results = (tmp_path / "run/results.json").read_text()
+    with pytest.raises(InputError, match=r"model\.depth"):  # refused before anything is lost
+        train.train(
+            composed(*common, "again=true", "model.depth=3", f"resume={tmp_path}/run/last.ckpt")
+        )
+    assert (tmp_path / "run/results.json").read_text() == results
+    with pytest.raises(ConnectionAbortedError):
+        train.train(
+            composed(*common, "again=true", "+callbacks.stop._target_=tests.test_train.StopAtEpoch")
+        )
+    assert not (tmp_path / "run/results.json").exists()
+    train.train(composed(*common))
+    before, after = json.loads(results), json.loads((tmp_path / "run/results.json").read_text())
+    assert after["metrics"] == before["metrics"]
+
+
+def test_half_a_checkpoint_never_takes_the_place_of_a_whole_one(
+    composed: Compose, tiny: list[str], tmp_path: Path
+):
+    """Killed at any moment of saving, to a folder on another file system than the temporary one."""
+    other = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(dir=other if other.is_dir() else tmp_path))
+    try:
+        overrides = [o for o in tiny if not o.startswith("run_dir")]
+        common = [*overrides, "logger=csv", f"hydra.run.dir={folder}", "trainer.max_epochs=40"]
+        last = folder / "last.ckpt"
+        for _ in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "train.py", *common], cwd=ROOT, stdout=subprocess.DEVNULL
+            )
+            while process.poll() is None:
+                if last.exists() and list(folder.glob(f"{PREFIX}*last.ckpt")):
+                    process.kill()  # while it saves again
+                time.sleep(0.001)
+            assert process.wait() == -signal.SIGKILL
+            checkpoint.read(last)
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,27 @@
+"""How Lightning writes checkpoints here: whole, or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from files import written_whole
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes each checkpoint beside its final place and renames it.
+
+    Lightning writes to the system's temporary folder and moves the file. From one file system to
+    another that is a copy, of which a kill or a full disk leaves half, in place of the checkpoint
+    that was there before.
+    """
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | Path,
+        storage_options: Any | None = None,  # noqa: ANN401  (Lightning's signature)
+    ) -> None:
+        with written_whole(Path(path)) as partial:
+            torch.save(checkpoint, partial)

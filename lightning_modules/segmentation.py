@@ -47,7 +47,7 @@ class SegmentationModule(pl.LightningModule):
             needs. The inference documents which further methods it calls.
         loss: Computes the terms to minimise, for patches and for whole volumes.
         optimizer: Makes the optimizer from the network's parameters. Its weight decay, if it has
-            any, acts on the kernels of convolutions alone (Myronenko 2018, section 2.5).
+            any, acts on the kernels of convolutions alone (Myronenko 2018).
         scheduler: Makes the learning rate schedule from the optimizer; it has one step an epoch.
         inference: Computes the logits of whole volumes at full resolution.
         metrics: Makes the metrics of a stage; it is called for validation and for testing.

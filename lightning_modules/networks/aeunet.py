@@ -200,7 +200,7 @@ class AEUNet(nn.Module):
         activation: Makes the nonlinearity.
         downsampling: Makes the step from one level to the next coarser one.
         dropout: Probability that training sets a channel of the first convolution to zero, in a
-            whole patch. Myronenko 2018, section 2.5, has 0.2; Frey & Nau do not mention it.
+            whole patch. Myronenko 2018 has 0.2; Frey & Nau do not mention it.
 
     Raises:
         ValueError: The depth is out of range, or a side of the patches is no multiple of

@@ -2,6 +2,13 @@
 
 Every term is computed in float32, whatever the precision of the network, because the sums run over
 hundreds of thousands of voxels.
+
+Two of Frey & Nau's numbers count voxels, and both belong to their patches of 80³ voxels of 1 mm:
+the smoothness s of equation 1 and the N of equation 3. On other grids and patches, the terms keep
+the balance that they have in the paper. s is a volume, 100 mm³, so that a tumour costs the same
+whatever the spacing. N stays 80³, so that a posterior costs the same whatever the patch: Dice and
+L2 do not grow with the patch, and divided by its own 32³ voxels the divergence would weigh 15.6
+times as much against them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +23,9 @@ from lightning_modules.networks.aeunet import Latent
 from lightning_modules.networks.geometry import Geometry
 
 Terms = dict[str, Tensor]  # scalars by name; `loss` is the one that is minimised
+
+PAPER_SMOOTH_MM3 = 100.0  # the s of equation 1: 100 voxels of 1 mm
+PAPER_PATCH_VOXELS = 80**3  # the N of equation 3
 
 
 @runtime_checkable  # so that beartype can check it while the tests run
@@ -76,14 +86,14 @@ def reconstruction_l2(
     return F.mse_loss(reconstruction.float(), image.float())
 
 
-def gaussian_kl(latent: Latent, voxels: int) -> Float[Tensor, ""]:
+def gaussian_kl(latent: Latent, voxels: int = PAPER_PATCH_VOXELS) -> Float[Tensor, ""]:
     """Compute the divergence of the posterior from N(0, 1), averaged over the batch (equation 3).
 
     It is `Σ(μ² + σ² - log σ² - 1) / N`, without the usual factor ½.
 
     Args:
-        latent: The posterior.
-        voxels: N, the number of voxels of the input patch.
+        latent: The posterior of each patch.
+        voxels: The N of the equation, the number of voxels of the paper's patch.
     """
     mean, log_variance = latent.mean.float(), latent.log_variance.float()
     divergence = mean.square() + log_variance.exp() - log_variance - 1
@@ -96,8 +106,8 @@ class RegionDice(nn.Module):
     Args:
         weights: Weight of each region, by name.
         regions: Names of the network's output channels, in order.
-        smooth_mm3: The s of equation 1 as a volume. The paper's 100 voxels are 100 mm³; on a
-            coarser grid 100 voxels would outweigh small regions.
+        smooth_mm3: The s of equation 1 as a volume; on a coarser grid, the paper's 100 voxels would
+            outweigh small regions.
         spacing_mm: Edge of a voxel in mm.
 
     Raises:
@@ -108,7 +118,7 @@ class RegionDice(nn.Module):
         self,
         weights: Mapping[str, float],
         regions: Sequence[str],
-        smooth_mm3: float = 100.0,
+        smooth_mm3: float = PAPER_SMOOTH_MM3,
         spacing_mm: float = 1.0,
     ) -> None:
         super().__init__()
@@ -137,8 +147,8 @@ class RegionDice(nn.Module):
         """
         by_case = soft_dice_by_case(logits, batch["mask"], self.smooth)
         weights = self.weights * batch["mask"].flatten(2).any(-1)
-        of_case = (weights * by_case).sum(1) / weights.sum(1).clamp(min=1e-6)
-        return {**self._by_name(by_case.mean(0)), "loss": of_case.mean() * self.weights.sum()}
+        case_loss = (weights * by_case).sum(1) / weights.sum(1).clamp(min=1e-6)
+        return {**self._by_name(by_case.mean(0)), "loss": case_loss.mean() * self.weights.sum()}
 
     def _by_name(self, by_region: Float[Tensor, " r"]) -> Terms:
         return dict(zip((f"dice_{region}" for region in self.regions), by_region, strict=True))
@@ -155,20 +165,28 @@ class AutoencoderLoss(nn.Module):
         segmentation: Loss of the logits.
         l2_weight: Weight of the reconstruction error.
         kl_weight: Weight of the divergence of the bottleneck's posterior.
+        kl_voxels: The N of equation 3. It is that of the paper's patches, whatever the patches that
+            the network is trained on; the module's docstring says why.
     """
 
-    def __init__(self, segmentation: Loss, l2_weight: float = 0.1, kl_weight: float = 0.1) -> None:
+    def __init__(
+        self,
+        segmentation: Loss,
+        l2_weight: float = 0.1,
+        kl_weight: float = 0.1,
+        kl_voxels: int = PAPER_PATCH_VOXELS,
+    ) -> None:
         super().__init__()
         self.segmentation = segmentation
         self.l2_weight = l2_weight
         self.kl_weight = kl_weight
+        self.kl_voxels = kl_voxels
 
     def forward(self, output: Any, batch: Mapping[str, Any]) -> Terms:  # noqa: ANN401
         """Return the segmentation's terms, `l2` and `kl`; `loss` is the sum of all."""
-        image = batch["image"]
         terms = self.segmentation(output, batch)
-        l2 = reconstruction_l2(output.reconstruction, image)
-        kl = gaussian_kl(output.latent, voxels=image[0, 0].numel())
+        l2 = reconstruction_l2(output.reconstruction, batch["image"])
+        kl = gaussian_kl(output.latent, self.kl_voxels)
         loss = terms["loss"] + self.l2_weight * l2 + self.kl_weight * kl
         return {**terms, "l2": l2, "kl": kl, "loss": loss}
 

@@ -1,6 +1,6 @@
 """The LightningModule of all networks: it trains on patches and is scored on whole volumes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import pytorch_lightning as pl
@@ -9,12 +9,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import ParamsT
 
+from errors import InputError
 from lightning_modules.inference import Inference
 from lightning_modules.losses import Loss, Terms
 from lightning_modules.metrics import CaseMetrics
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakeOptimizer = Callable[[ParamsT], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 MakeMetrics = Callable[[], CaseMetrics]
 
@@ -44,7 +46,8 @@ class SegmentationModule(pl.LightningModule):
         network: `forward` turns patches into a named tuple with `logits` and whatever else the loss
             needs. The inference documents which further methods it calls.
         loss: Computes the terms to minimise, for patches and for whole volumes.
-        optimizer: Makes the optimizer from the network's parameters.
+        optimizer: Makes the optimizer from the network's parameters. Its weight decay, if it has
+            any, acts on the kernels of convolutions alone (Myronenko 2018).
         scheduler: Makes the learning rate schedule from the optimizer; it has one step an epoch.
         inference: Computes the logits of whole volumes at full resolution.
         metrics: Makes the metrics of a stage; it is called for validation and for testing.
@@ -149,19 +152,49 @@ class SegmentationModule(pl.LightningModule):
         self.log_dict({f"{stage}/{name}": value for name, value in scores.items()})
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of eight types)
-        optimizer = self.optimizer(self.network.parameters())
+        optimizer = self.make_optimizer(self.network)
         schedule = {"scheduler": self.scheduler(optimizer), "interval": "epoch"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def make_optimizer(self, network: nn.Module) -> Optimizer:
+        """Make the optimizer of a network, whose weight decay acts on convolution kernels alone.
+
+        Without weight decay, all parameters are one group.
+        """
+        optimizer = self.optimizer(network.parameters())
+        if not optimizer.defaults.get("weight_decay"):
+            return optimizer
+        convolutions = [part for part in network.modules() if isinstance(part, nn.Conv3d)]
+        kernels = [convolution.weight for convolution in convolutions]
+        known = {id(kernel) for kernel in kernels}
+        others = [weight for weight in network.parameters() if id(weight) not in known]
+        return self.optimizer([{"params": kernels}, {"params": others, "weight_decay": 0.0}])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue on this configuration's schedule, which may be longer than the checkpoint's.
 
         The saved state of a schedule holds its length, and equation 5 ends at a learning rate of 0:
         a finished run that was continued with this state would not learn any more.
+
+        Raises:
+            InputError: The checkpoint was trained with another weight decay, which its state of the
+                optimizer would bring back.
         """
         if "lr_schedulers" not in checkpoint:  # weights alone can be tested, but not continued
             return
-        optimizer = self.optimizer(nn.Linear(1, 1).parameters())
+        optimizer = self.make_optimizer(nn.Conv3d(1, 1, 1))
+        saved, found = (
+            groups[0].get("weight_decay", 0)
+            for groups in (
+                checkpoint["optimizer_states"][0]["param_groups"],
+                optimizer.param_groups,
+            )
+        )
+        if saved != found:
+            raise InputError(
+                f"optimizer.weight_decay: expected {saved}, as in the checkpoint to continue from, "
+                f"found {found}"
+            )
         scheduler = self.scheduler(optimizer)
         for _ in range(checkpoint["lr_schedulers"][0]["last_epoch"]):
             optimizer.step()  # changes nothing, but torch warns of a schedule without it

@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from datamodules.augmentation import RandomIntensity
 from experiments.command import one_line
+from experiments.cost import predict_cost
+from experiments.run import identity
 from lightning_modules.networks.dnet import GEOMETRY
 from tests.conftest import ROOT
 
@@ -33,6 +35,7 @@ NUMBERS = {
     "filters.ratio": [1.5, 2, 2.5],
     "model.depth": [3, 4, 5],
     "model.bottleneck": [32, 128],
+    "model.dropout": [0, 0.2],
 }
 
 
@@ -259,6 +262,47 @@ def test_regions_that_the_loss_has_no_weights_for_are_one_line(composed: Compose
         "region_weights: expected a weight for each of lesion, found those of WT, TC, ET"
     )
     assert build(composed("data=metastases", "region_weights=lesion")).loss is not None
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("patches", OPTIONS["patches"])
+def test_the_learning_rate_comes_with_the_patches(composed: Compose, patches: str, optimizer: str):
+    choice = [f"model={model_for('patches', patches)}", f"patches={patches}"]
+    config = composed(*choice, f"optimizer={optimizer}")
+    assert config.optimizer.lr == config.patches.learning_rate > 0
+    assert composed(*choice, "optimizer.lr=1e-5").optimizer.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("data", "patches"), [("phantom", "aeunet_proxy"), ("brats", "aeunet_paper")]
+)
+def test_the_null_report_has_the_patches_of_its_data(composed: Compose, data: str, patches: str):
+    chosen = ["experiment=null_report", f"data={data}"]
+    assert composed(*chosen).patches == composed(f"patches={patches}").patches
+    assert composed(*chosen, "patches=aeunet_paper").patches.size == 80
+    assert composed(*chosen, "patches=aeunet_proxy").patches.size == 32
+
+
+def test_the_small_model_of_frey_and_nau_differs_from_the_large_one_in_its_filters(
+    composed: Compose,
+):
+    """Section 2.1: "a simplified model with only 8 filters at the input stage"."""
+    large = composed("experiment=frey2019", "split=fraction")
+    small = composed("experiment=null_report", "data=brats", f"split.test={large.split.test}")
+    assert (large.filters.base, small.filters.base) == (32, 8)
+    large.filters.base = small.filters.base
+    assert identity(large) == identity(small)
+
+
+def test_the_u_net_is_trained_for_as_much_longer_than_d_net_as_in_the_paper(composed: Compose):
+    """240 hours against 22 on the same GPU (Krivov & Belyaev 2018, sections 2.1 and 2.2)."""
+    gflops = {}
+    for model in ("dnet", "unet"):
+        config = composed("experiment=krivov2018", f"model={model}")
+        network = build(config).network
+        patch = predict_cost(network, 1, config.model.in_channels, config.patches.size).gflops
+        gflops[model] = patch * config.patches.per_epoch * config.trainer.max_epochs
+    assert gflops["unet"] / gflops["dnet"] == pytest.approx(240 / 22, rel=0.01)
 
 
 def test_numbers_of_frey_and_nau(composed: Compose):

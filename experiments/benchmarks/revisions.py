@@ -6,7 +6,6 @@ not what is counted. What is finished is kept: the same command goes on where it
 """
 
 import argparse
-import csv
 import logging
 import subprocess
 import sys
@@ -14,6 +13,8 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 from errors import InputError
 from experiments.command import command
@@ -95,18 +96,17 @@ def check_out(commit: str, tree: Path) -> None:
 
 def demo(
     commit: str, seed: int, cases: Path, output: Path, overrides: Sequence[str]
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """Train the demo of a revision with a seed, predict the cases and score them.
 
     Returns:
-        A row for every case, as the evaluation writes them.
+        The scores of every case, see `scores_of`.
 
     Raises:
         InputError: A command of the revision failed.
     """
-    scored = output / f"{commit}-s{seed}-{cases.name}"
-    table = scored / "cases.csv"
-    if not table.is_file():
+    maps = output / f"{commit}-s{seed}-{cases.name}"
+    if not maps.is_dir():
         tree = output / f"{commit}-tree"
         if not tree.is_dir():
             check_out(commit, tree)
@@ -116,13 +116,33 @@ def demo(
             train = [sys.executable, "train.py", f"seed={seed}", "logger=csv", *overrides]
             run([*train, f"hydra.run.dir={trained}"], tree)
         logging.info("%s: predicting %s, seed %d", commit, cases, seed)
-        maps = scored / "label_maps"
         predict = [sys.executable, "predict.py", f"checkpoint={trained}/best.ckpt"]
-        run([*predict, f"input={cases}", f"output={maps}", "pictures=false"], tree)
-        score = [sys.executable, "evaluate.py", f"predictions={maps}", "wandb=disabled"]
-        run([*score, f"input={cases}", f"output={scored}"], HERE)
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
+        with written_whole(maps) as partial:
+            run([*predict, f"input={cases}", f"output={partial}", "pictures=false"], tree)
+    return scores_of(maps, cases)
+
+
+def scores_of(maps: Path, folder: Path) -> list[dict[str, Any]]:
+    """Compare predicted label maps with the truth.
+
+    Returns:
+        For each case the voxels of each region in the truth and in the prediction, and its Dice.
+    """
+    from datamodules.brats import BraTS, BraTSMasks
+    from experiments.frey2019 import compare, pairs_of
+
+    data_set = BraTS(folder)
+    predictions = BraTSMasks(maps)
+    rows = []
+    for pair in pairs_of(predictions, data_set.cases()):
+        both = compare(pair, predictions, data_set)
+        row = {}
+        for region, found, true in zip(data_set.regions, both.prediction, both.truth, strict=True):
+            total = int(found.sum() + true.sum())
+            row[f"true_{region}"], row[f"found_{region}"] = int(true.sum()), int(found.sum())
+            row[f"dice_{region}"] = 2 * int((found & true).sum()) / total if total else float("nan")
+        rows.append({"case": pair.case.name, **row})
+    return rows
 
 
 def run(arguments: Sequence[str], folder: Path) -> None:
@@ -140,30 +160,29 @@ def run(arguments: Sequence[str], folder: Path) -> None:
         raise InputError(f"{' '.join(arguments)}: expected exit code 0, found {last}")
 
 
-def summary(rows_by_seed: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, str]:
+def summary(rows_by_seed: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, str]:
     """Summarise the scores of one revision.
 
     Args:
-        rows_by_seed: For each seed, a row for every case.
+        rows_by_seed: For each seed, the scores of every case.
 
     Returns:
         For each region, the mean Dice over the cases that have it, as mean and standard deviation
         over seeds, and the share of the cases without it in which it was predicted all the same.
     """
-    from statistics import fmean, stdev
-
     line = {}
     for region in REGIONS:
-        dice, alarms = [], []
-        for rows in rows_by_seed:
-            having = [row for row in rows if float(row[f"true_voxels_{region}"]) > 0]
-            without = [row for row in rows if float(row[f"true_voxels_{region}"]) == 0]
-            dice.append(fmean(float(row[f"dice_{region}"]) for row in having) if having else None)
-            alarms += [float(row[f"voxels_{region}"]) > 0 for row in without]
-        defined = [value for value in dice if value is not None]
-        spread = f" ± {stdev(defined):.3f}" if len(defined) > 1 else ""
-        cases = len(rows_by_seed[0]) - len(alarms) // len(rows_by_seed)
-        line[f"{region} ({cases} cases)"] = f"{fmean(defined):.3f}{spread}" if defined else "-"
+        having = [[row for row in rows if row[f"true_{region}"]] for rows in rows_by_seed]
+        dice = [fmean(row[f"dice_{region}"] for row in rows) for rows in having if rows]
+        spread = f" ± {stdev(dice):.3f}" if len(dice) > 1 else ""
+        score = f"{fmean(dice):.3f}{spread}" if dice else "-"
+        line[f"{region} ({len(having[0])} cases)"] = score
+        alarms = [
+            row[f"found_{region}"] > 0
+            for rows in rows_by_seed
+            for row in rows
+            if not row[f"true_{region}"]
+        ]
         if alarms:
             line[f"{region} false alarms"] = f"{sum(alarms)} of {len(alarms)}"
     return line

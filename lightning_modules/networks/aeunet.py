@@ -50,7 +50,16 @@ class AEUNetOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A convolution of the input, then residual blocks with downsampling between the levels."""
+    """A convolution of the input, then residual blocks with downsampling between the levels.
+
+    Args:
+        in_channels: Channels of the image.
+        filters: Filters of each level, fine to coarse.
+        norm: Makes the normalisation of so many channels.
+        activation: Makes the nonlinearity.
+        downsampling: Makes the step from one level to the next coarser one.
+        dropout: Probability that training sets a channel of the first convolution to zero.
+    """
 
     def __init__(
         self,
@@ -59,11 +68,14 @@ class Encoder(nn.Module):
         norm: MakeNorm,
         activation: MakeActivation,
         downsampling: MakeDownsampling,
+        dropout: float,
     ) -> None:
         super().__init__()
         down = [nn.Conv3d(in_channels, filters[0], 3, padding=1, bias=False)]
         down += [downsampling(*pair) for pair in pairwise(filters)]
         self.down = nn.ModuleList(down)
+        # Without dropout there is no layer at all, so that no random number is drawn for it.
+        self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
         self.levels = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width, width, norm, activation) for _ in range(blocks)))
             for width, blocks in zip(filters, BLOCKS_PER_LEVEL, strict=False)
@@ -71,10 +83,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c x y z"]) -> list[Tensor]:
         """Compute the features (B, F, X', Y', Z') of every level, fine to coarse."""
-        features = []
-        for down, level in zip(self.down, self.levels, strict=True):
-            x = level(down(x))
-            features.append(x)
+        first, *others = self.down
+        features = [self.levels[0](self.dropout(first(x)))]
+        for down, level in zip(others, self.levels[1:], strict=True):
+            features.append(level(down(features[-1])))
         return features
 
 
@@ -187,6 +199,8 @@ class AEUNet(nn.Module):
         norm: Makes the normalisation of so many channels.
         activation: Makes the nonlinearity.
         downsampling: Makes the step from one level to the next coarser one.
+        dropout: Probability that training sets a channel of the first convolution to zero, in a
+            whole patch. Myronenko 2018 has 0.2; Frey & Nau do not mention it.
 
     Raises:
         ValueError: The depth is out of range, or a side of the patches is no multiple of
@@ -205,6 +219,7 @@ class AEUNet(nn.Module):
         norm: MakeNorm = GroupNorm,
         activation: MakeActivation = nn.LeakyReLU,
         downsampling: MakeDownsampling = StridedConv,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if not 2 <= depth <= len(BLOCKS_PER_LEVEL):
@@ -217,7 +232,7 @@ class AEUNet(nn.Module):
                 f"as {depth} levels need"
             )
         self.widths = widths(filters, ratio, depth)
-        self.encoder = Encoder(in_channels, self.widths, norm, activation, downsampling)
+        self.encoder = Encoder(in_channels, self.widths, norm, activation, downsampling, dropout)
         self.decoder = Decoder(self.widths, out_channels, norm, activation)
         coarsest = [side // self.divisor for side in size]
         self.bottleneck = Bottleneck(self.widths[-1], coarsest, bottleneck, norm, activation)

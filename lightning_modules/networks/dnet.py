@@ -51,7 +51,7 @@ class DNet(nn.Module):
         filters: int = 16,
         ratio: float = 2,
         norm: MakeNorm = nn.BatchNorm3d,
-        activation: MakeActivation = nn.LeakyReLU,
+        activation: MakeActivation = nn.ReLU,
         prior: float = 0.01,
     ) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ class UNet3D(nn.Module):
         ratio: float = 2,
         depth: int = 5,
         norm: MakeNorm = GroupNorm,
-        activation: MakeActivation = nn.LeakyReLU,
+        activation: MakeActivation = nn.ReLU,
         prior: float = 0.01,
     ) -> None:
         super().__init__()

@@ -118,10 +118,10 @@ def autoencoder_loss() -> AutoencoderLoss:
 def test_autoencoder_loss_is_equation_4_by_hand():
     logits, mask = torch.randn(2, 3, 4, 4, 4), random_masks(2, 3, 4, 4, 4)
     image = torch.randn(2, 4, 4, 4, 4)
-    # An error of 3 everywhere; two units of μ = 1 and σ² = e over 4³ voxels.
+    # An error of 3 everywhere; two units of μ = 1 and σ² = e over 80³ voxels.
     output = AEUNetOutput(logits, image + 3, Latent(torch.ones(2, 2), torch.ones(2, 2)))
     terms = autoencoder_loss()(output, {"image": image, "mask": mask})
-    expected = 0.33 * soft_dice(logits, mask).sum() + 0.1 * 9 + 0.2 * 2 * (math.e - 1) / 4**3
+    expected = 0.33 * soft_dice(logits, mask).sum() + 0.1 * 9 + 0.2 * 2 * (math.e - 1) / 512_000
     torch.testing.assert_close(terms["loss"], expected)
 
 
@@ -132,10 +132,32 @@ def test_terms_of_the_autoencoder_network_add_up_to_equation_4():
     terms = autoencoder_loss()(output, batch)
     assert list(terms) == ["dice_WT", "dice_TC", "dice_ET", "loss", "l2", "kl"]
     assert terms["l2"] == reconstruction_l2(output.reconstruction, batch["image"])
-    assert terms["kl"] == gaussian_kl(output.latent, voxels=16**3)
+    assert terms["kl"] == gaussian_kl(output.latent, voxels=512_000)
     regions = terms["dice_WT"] + terms["dice_TC"] + terms["dice_ET"]
     total = 0.33 * regions + 0.1 * terms["l2"] + 0.2 * terms["kl"]
     torch.testing.assert_close(terms["loss"], total)
+
+
+@pytest.mark.parametrize("side", [4, 8])
+def test_a_posterior_costs_the_same_whatever_the_patch(side: int):
+    """KL of the paper's 80³ patch by hand: .1 * 1000 units * (1² + 1 - 0 - 1) / 512000."""
+    image, mask = torch.zeros(1, 4, side, side, side), torch.zeros(1, 3, side, side, side)
+    sure = torch.full_like(mask, -SURE)
+    latent = Latent(torch.ones(1, 1000), torch.zeros(1, 1000))
+    terms = AutoencoderLoss(RegionDice(dict.fromkeys(REGIONS, 0.33), REGIONS))(
+        AEUNetOutput(sure, image, latent), {"image": image, "mask": mask}
+    )
+    assert terms["kl"].item() == pytest.approx(1000 / 512_000)
+    assert terms["loss"].item() == pytest.approx(0.1 * 1000 / 512_000)
+
+
+def test_a_tumour_costs_the_same_whatever_the_spacing():
+    """64 mm³ of tumour, predicted with 1/2: 1 - (2 * 32 + 100) / (64 + 16 + 100) by hand."""
+    for side, spacing_mm in ((4, 1.0), (2, 2.0)):
+        mask = torch.ones(1, 1, side, side, side)
+        loss = RegionDice({"lesion": 1.0}, ["lesion"], spacing_mm=spacing_mm)
+        terms = loss(Segmentation(torch.zeros_like(mask)), {"mask": mask})
+        assert terms["loss"].item() == pytest.approx(1 - 164 / 180)
 
 
 def test_on_volumes_the_autoencoder_loss_is_that_of_the_segmentation():

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from errors import InputError
 from lightning_modules.inference import SlidingWindow
 from lightning_modules.losses import AutoencoderLoss, Loss, RegionDice
 from lightning_modules.metrics import RegionMetrics
@@ -141,6 +142,61 @@ def test_learning_rate_follows_equation_5():
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
         optimizer.step()
         scheduler.step()
+
+
+def test_weight_decay_acts_on_kernels_of_convolutions_alone(composed: Compose):
+    """L2 on "the convolutional kernel parameters" (Myronenko 2018): a step without any gradient."""
+    config = composed("optimizer.weight_decay=0.5", "patches.size=16", "optimizer.lr=1e-2")
+    decayed = instantiate(config.module, _convert_="all")
+    before = {name: weight.detach().clone() for name, weight in decayed.network.named_parameters()}
+    optimizer = decayed.configure_optimizers()["optimizer"]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0]
+    for weight in decayed.network.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    changed = {
+        name
+        for name, weight in decayed.network.named_parameters()
+        if (weight != before[name]).any()
+    }
+    kernels = {
+        f"{name}.weight"
+        for name, part in decayed.network.named_modules()
+        if isinstance(part, torch.nn.Conv3d)
+    }
+    assert changed == kernels < set(before)
+
+
+def test_without_weight_decay_all_parameters_are_one_group(composed: Compose):
+    trained = instantiate(composed("patches.size=16").module, _convert_="all")
+    (group,) = trained.configure_optimizers()["optimizer"].param_groups
+    assert group["weight_decay"] == 0
+    assert len(group["params"]) == len(list(trained.network.parameters()))
+
+
+def test_a_checkpoint_of_another_weight_decay_is_not_continued(composed: Compose):
+    """The state of the optimizer would bring the checkpoint's value back, without a word."""
+    plain, decayed = (
+        instantiate(composed("patches.size=16", *more).module, _convert_="all")
+        for more in ([], ["optimizer.weight_decay=1e-5"])
+    )
+    for saved, resumed, ends in (
+        (decayed, plain, "expected 1e-05.*found 0"),
+        (decayed, decayed, ""),
+    ):
+        checkpoint = {
+            "lr_schedulers": [{"last_epoch": 1}],
+            "optimizer_states": [saved.configure_optimizers()["optimizer"].state_dict()],
+        }
+        if ends:
+            with pytest.raises(InputError, match=f"optimizer.weight_decay: {ends}"):
+                resumed.on_load_checkpoint(checkpoint)
+            continue
+        resumed.on_load_checkpoint(checkpoint)
+        resumed.configure_optimizers()["optimizer"].load_state_dict(
+            checkpoint["optimizer_states"][0]
+        )
+        assert len(checkpoint["lr_schedulers"][0]["base_lrs"]) == 2
 
 
 def test_memory_layout_changes_nothing():

@@ -66,6 +66,37 @@ def test_every_choice_runs_and_every_weight_learns(
     assert not still
 
 
+def test_dropout_zeroes_whole_channels_in_training_only():
+    """Spatial dropout after the first convolution, as in Myronenko 2018."""
+    network = AEUNet(filters=32, patch_size=16, bottleneck=4, dropout=0.2)
+    image = torch.randn(8, 4, 16, 16, 16)
+    convolved = network.encoder.down[0](image)
+    seen: list[torch.Tensor] = []
+    network.encoder.levels[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    torch.manual_seed(0)
+    network(image)
+    dropped = (seen[0] == 0).flatten(2).all(-1)
+    assert 0.1 < dropped.float().mean() < 0.3  # of 256 channels
+    kept = ~dropped[..., None, None, None]
+    torch.testing.assert_close(seen[0], kept * convolved / 0.8)
+    network.eval()
+    network.segment(image)
+    torch.testing.assert_close(seen[1], convolved, rtol=0, atol=0)
+
+
+def test_dropout_of_0_draws_nothing_and_has_no_weights():
+    networks = []
+    for rate in (0.0, 0.5):
+        torch.manual_seed(0)
+        networks.append(AEUNet(filters=8, patch_size=16, bottleneck=4, dropout=rate))
+    without, with_dropout = (network.state_dict() for network in networks)
+    assert list(without) == list(with_dropout)
+    assert all(torch.equal(without[name], with_dropout[name]) for name in without)
+    before = torch.get_rng_state()
+    networks[0].encoder(torch.randn(1, 4, 16, 16, 16, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_autoencoder_has_its_own_decoder():
     """Figure 1 has two decoders; MONAI's SegResNetVAE has one for segmentation and input."""
     network = AEUNet(filters=8, patch_size=16, bottleneck=4)

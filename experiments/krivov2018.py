@@ -132,14 +132,16 @@ def retest(run: RunFolder, target_fp: float | None = None) -> RetestedRun:
 
 
 def score_lesions(module: "SegmentationModule", volumes: "Volumes") -> "LesionReport":
-    """Predict volumes and compare the predictions with their lesions, at every threshold."""
+    """Predict volumes and compare them with the lesions on each scan's grid, at every threshold."""
     import torch
     from torch.utils.data import DataLoader
+
+    from datamodules.patches import collate_volumes
 
     metrics = module.metrics["test"]
     metrics.reset()
     with torch.inference_mode():
-        for batch in DataLoader(volumes):
+        for batch in DataLoader(volumes, collate_fn=collate_volumes):
             metrics.update(module(batch["image"].to(module.device)), batch)
     return metrics.report()
 
@@ -159,7 +161,7 @@ def volumes_of(run: RunFolder, config: Mapping[str, Any], part: str) -> "Volumes
     names = set(run.split()[part])
     cases = [case for case in data_set.cases() if case.name in names]
     mirrored = build(config["data"]["sampler"]).mirrored
-    return Volumes(cache.build(cases, data_set), data_set, mirrored)
+    return Volumes(cache.build(cases, data_set), data_set, mirrored, scan_grids=True)
 
 
 def table_1(

@@ -1,7 +1,7 @@
 """The LightningModule of all networks: it trains on patches and is scored on whole volumes."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_modules.inference import Inference
 from lightning_modules.losses import Loss, Terms
 from lightning_modules.metrics import CaseMetrics
+from lightning_modules.metrics.lesions import OnScanGrid
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -32,6 +33,7 @@ class VolumeBatch(Batch):
 
     outside: Int[Tensor, "b r"]  # number of true voxels that the crop has cut off
     index: Int[Tensor, " b"]  # position of the case in the data set
+    on_scan_grid: NotRequired[list[OnScanGrid]]  # of test cases
 
 
 class SegmentationModule(pl.LightningModule):

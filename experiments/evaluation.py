@@ -52,8 +52,9 @@ def evaluate(options: Mapping[str, Any]) -> Path:
         least_mm3: Mapping[str, float] = {}
     else:
         predictor = with_thresholds(options)
+        predictor = predictor.in_folder(Path(options["input"]), options["et_label"])
         least_mm3 = predictor.point.least_mm3
-        data_set = predictor.data_set.in_folder(options["input"])
+        data_set = predictor.data_set
         cases = cases_of_part(data_set.cases(), options["cases"], options["checkpoint"])
         if options["cases"] not in LEARNED_FROM:
             first = data_set.modalities[0]

@@ -121,13 +121,17 @@ class BraTS:
             if modality not in paths:
                 patterns = " or ".join(f"{name}{end}.nii[.gz]" for end in ENDINGS[modality])
                 raise InputError(f"{folder}: case {name} has no {modality}; looked for {patterns}")
-        folders = set(folder.relative_to(self.root).parts)
         return Case(
             name=name,
             images={modality: paths[modality] for modality in self.modalities},
             mask=paths.get("mask"),
-            grade=next((known for known in ("HGG", "LGG") if known in folders), grade),
+            grade=self._grade_of_folder(folder) or grade,
         )
+
+    def _grade_of_folder(self, folder: Path) -> str:
+        """Return HGG or LGG if a folder of the data set lies in a folder of this name, else ""."""
+        folders = set(folder.relative_to(self.root).parts)
+        return next((grade for grade in ("HGG", "LGG") if grade in folders), "")
 
     @cached_property
     def _et_in_files(self) -> tuple[int, str]:
@@ -206,8 +210,8 @@ class BraTS:
 class BraTSMasks(BraTS):
     """A folder of label maps: predictions, or masks whose scans may be missing.
 
-    Files are `CASE.nii.gz` or masks in a BraTS layout, at any depth. ET is label 3 or 4, as in
-    `BraTS`. A case has the scans that are found.
+    Files are `CASE.nii.gz` or masks in a BraTS layout, at any depth. ET is label 3 or 4, and grades
+    are found, as in `BraTS`. A case has the scans that are found.
 
     Args:
         root: Folder of the label maps.
@@ -226,6 +230,9 @@ class BraTSMasks(BraTS):
         expected = "expected CASE.nii.gz or CASE_seg.nii.gz"
         if not self.root.is_dir():
             raise InputError(f"{self.root}: no such folder; {expected}")
+        grades: dict[str, str] = {}
+        for path in sorted(self.root.rglob("name_mapping*.csv")):
+            grades |= _read_grades(path)
         masks: dict[str, Path] = {}
         images: dict[str, dict[str, Path]] = defaultdict(dict)
         for path in sorted(self.root.rglob("[!.]*.nii*")):
@@ -242,7 +249,12 @@ class BraTSMasks(BraTS):
                 masks[name] = path
         if not masks:
             raise InputError(f"{self.root}: no label map found; {expected}")
-        return [Case(name, images[name], path) for name, path in sorted(masks.items())]
+        return [
+            Case(
+                name, images[name], path, self._grade_of_folder(path.parent) or grades.get(name, "")
+            )
+            for name, path in sorted(masks.items())
+        ]
 
 
 def _equal(labels: np.ndarray, value: int) -> np.ndarray:

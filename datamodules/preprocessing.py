@@ -137,7 +137,7 @@ class Preprocessing:
             z_scores = (grids.cut(voxels, start, shape) - mean) / deviation
             image[channel] = np.where(grids.cut(foreground, start, shape), z_scores, 0)
         brains = {
-            modality: _above_background(voxels, foreground)
+            modality: above_background(voxels, foreground)
             for modality, voxels, foreground in zip(
                 data_set.modalities, images, foregrounds, strict=True
             )
@@ -297,7 +297,7 @@ def _check_same_grid(
             )
 
 
-def _above_background(voxels: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+def above_background(voxels: np.ndarray, foreground: np.ndarray) -> np.ndarray:
     """Set the background to 0 and shift images with negative tissue so that none is below it."""
     darkest = min(0, voxels.min(initial=0, where=foreground))
     return np.where(foreground, voxels - darkest, 0)

@@ -32,7 +32,7 @@ class TemplateComparison:
 
     Attributes:
         case: Name of the case.
-        t1: (X, Y, Z), in units of the scan, 0 outside the brain.
+        t1: (X, Y, Z), 0 outside the brain.
         template: (X, Y, Z), the template as it lies in the case.
         similarity: (X, Y, Z), local Pearson's r; NaN where it is not defined.
         regions: Region -> mask (X, Y, Z), the outermost region first.
@@ -95,6 +95,7 @@ def compare_with_template(case: Case, data_set: DataSet, radius_mm: float) -> Te
     from scipy.ndimage import affine_transform
 
     from datamodules.foreground import find_foreground
+    from datamodules.preprocessing import above_background
     from datamodules.similarity import similarity
     from datamodules.template import register
 
@@ -105,7 +106,7 @@ def compare_with_template(case: Case, data_set: DataSet, radius_mm: float) -> Te
     if mask.shape != t1.shape:
         raise InputError(f"{case.mask}: expected {t1.shape} voxels as in t1, found {mask.shape}")
     regions = data_set.to_regions(data_set.canonical_labels(mask, case))
-    t1 = np.where(find_foreground(t1, spacing_mm(affine), case.images["t1"]), t1, 0)
+    t1 = above_background(t1, find_foreground(t1, spacing_mm(affine), case.images["t1"]))
     registration = register(t1, affine)
     if registration.failed:
         raise InputError(

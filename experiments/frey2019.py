@@ -215,15 +215,18 @@ def draw_figure_3(pair: Pair, predictions: BraTSMasks, data_set: DataSet, path: 
 def scan_without_air(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a scan (X, Y, Z), RAS, and its affine (4, 4); set all voxels outside the brain to 0.
 
-    A scan that is not skull-stripped stays as it is.
+    Negative intensities are shifted, which registration cannot use. A scan that is not
+    skull-stripped stays as it is.
     """
     from datamodules.foreground import find_foreground
+    from datamodules.preprocessing import above_background
 
     scan, affine = read_volume(path)
     try:
-        return np.where(find_foreground(scan, spacing_mm(affine), path), scan, 0), affine
+        brain = find_foreground(scan, spacing_mm(affine), path)
     except InputError:
         return scan, affine
+    return above_background(scan, brain), affine
 
 
 class ErrorMap:

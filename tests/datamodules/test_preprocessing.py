@@ -303,7 +303,7 @@ def test_a_prediction_lies_beside_the_truth_on_disk(make, axes, spacing_mm):
 def test_without_a_mask_there_is_nothing_to_score(make):
     images, _, _ = make_arrays()
     case, data_set = make(images, None)
-    with pytest.raises(InputError, match="^A: expected a mask to score"):
+    with pytest.raises(InputError, match=r"^A: expected a mask to score"):
         on_scan_grid(case, data_set, np.eye(4), np.zeros((3, 4, 4, 4), np.float32))
 
 

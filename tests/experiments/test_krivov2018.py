@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
@@ -199,6 +200,41 @@ def test_a_run_counts_all_lesions_of_its_test_cases(
     assert sum(expected) >= 2
     assert [int(row["lesions"]) for row in rows] == expected
     assert retest(RunFolder(folder)).report.lesions_per_case() == expected
+
+
+class AsItIs(torch.nn.Module):
+    """A network whose probabilities are the sigmoid of the image."""
+
+    device = torch.device("cpu")
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.sigmoid()
+
+
+def test_figure_2_shows_segmentations_below_probabilities_on_black_air(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scan = torch.zeros(1, 16, 16, 16)
+    scan[:, 2:14, 2:14, 2:14] = torch.randn(1, 12, 12, 12, generator=torch.manual_seed(0))
+    truth = torch.zeros(1, 16, 16, 16, dtype=torch.bool)
+    truth[:, 6:9, 6:9, 6:9] = True
+    tested = [
+        krivov2018.RetestedRun(model, AsItIs(), None, 0.5, 0.0, 0)  # pyright: ignore
+        for model in ("unet", "dnet")
+    ]
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    volume = {"image": scan, "mask": truth, "case": "A"}
+    krivov2018.draw_figure_2(tested, volume, tmp_path / "figure.png")
+    panels = {ax.get_title(): ax.images[0] for ax in figures[0].axes if ax.get_title()}
+    assert list(panels) == [
+        "scan", "D-Net, probability", "U-Net, probability",
+        "truth", "D-Net, above 0.5", "U-Net, above 0.5",
+    ]  # fmt: skip
+    for name in ("scan", "truth", "D-Net, above 0.5"):
+        shown = panels[name].get_array()
+        assert shown[0, 0] == panels[name].get_clim()[0] < -1  # a corner: air
+    assert panels["D-Net, probability"].get_clim() == (0, 1)
 
 
 @pytest.mark.process

@@ -5,6 +5,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -42,16 +43,18 @@ class BraTS:
     modality, so a folder may hold one case or many. The grade comes from a folder HGG or LGG above
     the file, or from the column `Grade` of a `name_mapping*.csv`, if there is either.
 
-    On disk ET is label 4 (2017-2020) or label 3 (since 2021). All cases of a data set share one
-    convention; it is taken from the first mask, in the order of names, that has a 3 or a 4.
+    In the files ET is label 4 (2017-2020) or label 3 (since 2021). All cases of a data set share
+    one convention; it is taken from the first mask, in the order of names, that has a 3 or a 4.
+    Label maps that are predicted for the data set follow it too.
 
     Args:
         root: Folder of the data set.
         modalities: Choice of t1, t1ce, t2 and flair, in the order of the network's input channels.
         regions: Choice of WT, TC and ET, in the order of the network's output channels.
+        et_label: Label of ET in the files, 3 or 4, of a data set in which no mask shows it.
 
     Raises:
-        InputError: A modality or region is unknown or given twice.
+        InputError: A modality or region is unknown or given twice; another label of ET.
     """
 
     def __init__(
@@ -59,7 +62,11 @@ class BraTS:
         root: str | Path,
         modalities: Sequence[str] = ("t1", "t1ce", "t2", "flair"),
         regions: Sequence[str] = ("WT", "TC", "ET"),
+        et_label: int = 4,
     ) -> None:
+        if et_label not in (3, 4):
+            raise InputError(f"et_label: expected 3 or 4, found {et_label}")
+        self.et_label = et_label
         self.root = Path(root)
         self.modalities: Sequence[str] = tuple(modalities)
         self.regions: Sequence[str] = tuple(regions)
@@ -114,24 +121,39 @@ class BraTS:
             if modality not in paths:
                 patterns = " or ".join(f"{name}{end}.nii[.gz]" for end in ENDINGS[modality])
                 raise InputError(f"{folder}: case {name} has no {modality}; looked for {patterns}")
-        folders = set(folder.relative_to(self.root).parts)
         return Case(
             name=name,
             images={modality: paths[modality] for modality in self.modalities},
             mask=paths.get("mask"),
-            grade=next((known for known in ("HGG", "LGG") if known in folders), grade),
+            grade=self._grade_of_folder(folder) or grade,
         )
 
+    def _grade_of_folder(self, folder: Path) -> str:
+        """Return HGG or LGG if a folder of the data set lies in a folder of this name, else ""."""
+        folders = set(folder.relative_to(self.root).parts)
+        return next((grade for grade in ("HGG", "LGG") if grade in folders), "")
+
     @cached_property
-    def _et_on_disk(self) -> tuple[int, str]:
+    def _et_in_files(self) -> tuple[int, str]:
         """Find the label that ET has in the files, and the reason for it, to show in messages."""
         for case in self.cases():
-            if case.mask is not None:
+            # A mask that cannot be read is named when its own case is used, and not before: the
+            # other cases do not depend on it.
+            with suppress(InputError):
+                if case.mask is None:
+                    continue
                 labels, _ = read_volume(case.mask)
                 for value in (4, 3):
                     if _equal(labels, value).any():
                         return value, f"ET is {value} as in {case.mask}"
-        return 4, f"ET is taken to be 4, as no mask in {self.root} has a 3 or a 4"
+        reason = f"ET is taken to be {self.et_label}, as no mask in {self.root} has a 3 or a 4"
+        return self.et_label, reason
+
+    @property
+    def file_values(self) -> dict[int, int]:
+        """Canonical label -> its value in the files of this data set."""
+        et, _ = self._et_in_files
+        return dict(zip(LABELS, (0, 1, 2, et), strict=True))
 
     def canonical_labels(self, labels: np.ndarray, case: Case) -> np.ndarray:
         """Translate the voxels of a mask file (X, Y, Z) to the labels 0, 1, 2 and 4 (ET), uint8.
@@ -139,20 +161,20 @@ class BraTS:
         Raises:
             InputError: The mask holds a value that the data set's convention does not have.
         """
-        et, reason = self._et_on_disk
-        on_disk = (0, 1, 2, et)
+        _, reason = self._et_in_files
+        in_files = self.file_values
         labelled = labels != 0
         found = labels[labelled]
         canonical = np.zeros(found.shape, np.uint8)
         unknown = np.ones(found.shape, bool)
-        for value, label in zip(on_disk, LABELS, strict=True):
+        for label, value in in_files.items():
             is_value = _equal(found, value)
             canonical[is_value] = label
             unknown &= ~is_value
         if unknown.any():
             raise InputError(
                 f"{case.mask}: found label {found[unknown].min():g}, expected only "
-                f"{', '.join(map(str, on_disk))} ({reason})"
+                f"{', '.join(map(str, in_files.values()))} ({reason})"
             )
         label_map = np.zeros(labels.shape, np.uint8)
         label_map[labelled] = canonical
@@ -178,15 +200,18 @@ class BraTS:
         return labels
 
     def in_folder(self, root: str | Path) -> "BraTS":
-        """Return a BraTS data set with the same modalities and regions in another folder."""
-        return BraTS(root, self.modalities, self.regions)
+        """Return a BraTS data set with the same options in another folder.
+
+        The label of ET is that of the masks there; without any it is `et_label` of this one.
+        """
+        return BraTS(root, self.modalities, self.regions, self.et_label)
 
 
 class BraTSMasks(BraTS):
     """A folder of label maps: predictions, or masks whose scans may be missing.
 
-    Files are `CASE.nii.gz` or masks in a BraTS layout, at any depth. ET is label 3 or 4, as in
-    `BraTS`. A case has the scans that are found.
+    Files are `CASE.nii.gz` or masks in a BraTS layout, at any depth. ET is label 3 or 4, and grades
+    are found, as in `BraTS`. A case has the scans that are found.
 
     Args:
         root: Folder of the label maps.
@@ -205,6 +230,9 @@ class BraTSMasks(BraTS):
         expected = "expected CASE.nii.gz or CASE_seg.nii.gz"
         if not self.root.is_dir():
             raise InputError(f"{self.root}: no such folder; {expected}")
+        grades: dict[str, str] = {}
+        for path in sorted(self.root.rglob("name_mapping*.csv")):
+            grades |= _read_grades(path)
         masks: dict[str, Path] = {}
         images: dict[str, dict[str, Path]] = defaultdict(dict)
         for path in sorted(self.root.rglob("[!.]*.nii*")):
@@ -221,7 +249,12 @@ class BraTSMasks(BraTS):
                 masks[name] = path
         if not masks:
             raise InputError(f"{self.root}: no label map found; {expected}")
-        return [Case(name, images[name], path) for name, path in sorted(masks.items())]
+        return [
+            Case(
+                name, images[name], path, self._grade_of_folder(path.parent) or grades.get(name, "")
+            )
+            for name, path in sorted(masks.items())
+        ]
 
 
 def _equal(labels: np.ndarray, value: int) -> np.ndarray:

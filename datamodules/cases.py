@@ -35,10 +35,15 @@ class DataSet(Protocol):
     Attributes:
         modalities: Modalities of every case, in the order of the network's input channels.
         regions: Regions to segment, in the order of the network's output channels.
+        file_values: Canonical label -> its value in this data set's files, for label maps that are
+            written for its cases.
     """
 
     modalities: Sequence[str]
     regions: Sequence[str]
+
+    @property
+    def file_values(self) -> Mapping[int, int]: ...
 
     def prepare(self) -> None:
         """Make what is missing on disk; called once, in one process."""

@@ -95,6 +95,11 @@ class Metastases:
             )
         return (nearest > 0).astype(np.uint8)
 
+    @property
+    def file_values(self) -> dict[int, int]:
+        """Canonical label -> its value in the files: lesions are not numbered."""
+        return {0: 0, 1: 1}
+
     def to_regions(self, labels: np.ndarray) -> np.ndarray:
         """Turn canonical labels (X, Y, Z) into the one mask (1, X, Y, Z), bool."""
         return (labels > 0)[None]

@@ -5,7 +5,7 @@ that any number of worker processes, and a resumed run, see the same stream of p
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torchio as tio
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import grids
 from datamodules.cache import Cache, CachedCase
 from datamodules.cases import Case, DataSet
+from datamodules.preprocessing import on_scan_grid
 from datamodules.sampling import BalancedSampler, Cut, as_subject, cut_with_mirrored, whole
 from datamodules.splits import SPLIT_NAME, Split
 from errors import InputError
@@ -33,19 +34,27 @@ class Volumes(Dataset[dict[str, Any]]):
         `mask`: (R, X, Y, Z), bool: the regions of the data set;
         `outside`: (R,), int64: true voxels of each region that the crop cut away;
         `case`: str: name of the case;
-        `index`: int: its place in this data set.
+        `index`: int: its place in this data set;
+        `on_scan_grid`, if asked for: a function that brings probabilities (R, X, Y, Z) to the grid
+            of the case's own files and returns a `preprocessing.OnScanGrid`.
 
     Args:
         cases: Cases of the cache.
         data_set: Turns labels into regions.
         mirrored: Add the opposite hemisphere, as the sampler of the training patches does.
+        scan_grids: Serve `on_scan_grid`; a loader then needs `collate_volumes`.
     """
 
     def __init__(
-        self, cases: Sequence[CachedCase], data_set: DataSet, mirrored: bool = False
+        self,
+        cases: Sequence[CachedCase],
+        data_set: DataSet,
+        mirrored: bool = False,
+        scan_grids: bool = False,
     ) -> None:
         self.cases = cases
         self.data_set = data_set
+        self.scan_grids = scan_grids
         self.cut: Cut = cut_with_mirrored if mirrored else grids.cut
 
     def __len__(self) -> int:
@@ -53,13 +62,16 @@ class Volumes(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         case = self.cases[index]
-        return {
+        item = {
             "image": torch.from_numpy(whole(case.image, self.cut).astype(np.float32)),
             "mask": torch.from_numpy(self.data_set.to_regions(case.labels)),
             "outside": torch.from_numpy(self._voxels_outside(case)),
             "case": case.name,
             "index": index,
         }
+        if self.scan_grids:
+            item["on_scan_grid"] = partial(on_scan_grid, case.case, self.data_set, case.affine)
+        return item
 
     def _voxels_outside(self, case: CachedCase) -> np.ndarray:
         """Count the true voxels of each region (R,), int64, that the crop cut away."""
@@ -71,6 +83,15 @@ class Volumes(Dataset[dict[str, Any]]):
     def dry_iter(self) -> list[tio.Subject]:
         """List the subjects without their voxels, as TorchIO's queue demands."""
         return [tio.Subject(name=case.name) for case in self.cases]
+
+
+def collate_volumes(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join items of `Volumes` to a batch; functions, which torch cannot join, become a list."""
+    functions = [key for key, value in items[0].items() if callable(value)]
+    batch = default_collate(
+        [{key: item[key] for key in item if key not in functions} for item in items]
+    )
+    return batch | {key: [item[key] for item in items] for key in functions}
 
 
 class PatchQueue(tio.Queue):
@@ -218,7 +239,8 @@ class PatchDataModule(pl.LightningDataModule):
         `image`: (B, C, X, Y, Z), float32;
         `mask`: (B, R, X, Y, Z), bool;
         `case`: list of B names;
-        and, of whole volumes, `outside`: (B, R), int64, and `index`: (B,), int64.
+        and, of whole volumes, `outside`: (B, R), int64, and `index`: (B,), int64;
+        and, of test volumes, `on_scan_grid`: list of B functions, see `Volumes`.
 
     Args:
         data_set: Where cases come from.
@@ -320,12 +342,13 @@ class PatchDataModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Serve the test cases as whole volumes, one by one."""
-        return self._whole_volumes(self.parts.test)
+        return self._whole_volumes(self.parts.test, scan_grids=True)
 
-    def _whole_volumes(self, cases: Sequence[Case]) -> DataLoader[Any]:
+    def _whole_volumes(self, cases: Sequence[Case], scan_grids: bool = False) -> DataLoader[Any]:
         # No worker: reading a volume is a copy out of the page cache, not worth a process.
         cached = self.cache.build(cases, self.data_set)
-        return DataLoader(Volumes(cached, self.data_set, self.sampler.mirrored))
+        volumes = Volumes(cached, self.data_set, self.sampler.mirrored, scan_grids)
+        return DataLoader(volumes, collate_fn=collate_volumes)
 
 
 def _hashed(*numbers: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -137,7 +137,7 @@ class Preprocessing:
             z_scores = (grids.cut(voxels, start, shape) - mean) / deviation
             image[channel] = np.where(grids.cut(foreground, start, shape), z_scores, 0)
         brains = {
-            modality: _above_background(voxels, foreground)
+            modality: above_background(voxels, foreground)
             for modality, voxels, foreground in zip(
                 data_set.modalities, images, foregrounds, strict=True
             )
@@ -176,6 +176,44 @@ class Preprocessing:
         return (low + high - shape) // 2, shape
 
 
+class OnScanGrid(NamedTuple):
+    """Predicted probabilities beside the truth, on the grid of a case's own files, in RAS order.
+
+    Attributes:
+        probabilities: (R, X, Y, Z) float32, 0 where the network saw nothing.
+        truth: (R, X, Y, Z) bool, as it lies on disk.
+        spacing_mm: Edges of a voxel along X, Y and Z.
+    """
+
+    probabilities: np.ndarray
+    truth: np.ndarray
+    spacing_mm: tuple[float, ...]
+
+
+def on_scan_grid(
+    case: Case, data_set: DataSet, affine: np.ndarray, probabilities: np.ndarray
+) -> OnScanGrid:
+    """Bring the probabilities of a case to the grid of its mask, and put the mask beside them.
+
+    Args:
+        case: Case with a mask.
+        data_set: Data set of the case.
+        affine: (4, 4), that of the preprocessed volume.
+        probabilities: (R, X, Y, Z) on the grid of the preprocessed volume, floating point.
+
+    Raises:
+        InputError: The case has no mask, or one that cannot be used.
+    """
+    if case.mask is None:
+        raise InputError(f"{case.name}: expected a mask to score the prediction, found none")
+    mask, mask_affine = read_volume(case.mask)
+    return OnScanGrid(
+        probabilities=to_grid(probabilities, affine, (mask.shape, mask_affine)),
+        truth=data_set.to_regions(data_set.canonical_labels(mask, case)),
+        spacing_mm=tuple(grids.spacing_mm(mask_affine).tolist()),
+    )
+
+
 def restore(array: np.ndarray, affine: np.ndarray, reference: Path) -> np.ndarray:
     """Bring probabilities from the preprocessed grid back to the grid of an original image.
 
@@ -191,14 +229,29 @@ def restore(array: np.ndarray, affine: np.ndarray, reference: Path) -> np.ndarra
         InputError: The reference cannot be read.
     """
     original = open_volume(reference)
-    shape, target = original.shape[:3], np.asarray(original.affine)
+    return to_grid(array, affine, (original.shape[:3], np.asarray(original.affine)))
+
+
+def to_grid(array: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
+    """Bring probabilities (R, X, Y, Z) to another grid; 0 outside the grid that they come from.
+
+    Where both grids have the same voxels, in whatever order, the values are copied exactly;
+    elsewhere they are interpolated linearly.
+
+    Args:
+        array: (R, X, Y, Z), floating point.
+        affine: (4, 4), voxel of the array to mm.
+        grid: Shape and affine that are wanted.
+
+    Returns:
+        (R, X, Y, Z) float32.
+    """
+    shape, target = grid
     to_array = np.linalg.inv(affine) @ target  # voxel of the original -> voxel of the array
     rounded = np.round(to_array)
     shift_voxels = np.abs(_corners(shape) @ (to_array - rounded).T).max()
     if shift_voxels >= SAME_GRID_VOXELS or round(abs(np.linalg.det(rounded))) != 1:
-        return _resample(array, affine, (shape, target))
-
-    # The two grids have the same voxels in another order, so the values are copied exactly.
+        return _resample(array, affine, grid)
     restored = np.zeros((len(array), *shape), np.float32)
     axes = np.abs(rounded[:3, :3]).argmax(axis=0)  # axis of the array for each of the original
     origins, targets = [], []
@@ -244,7 +297,7 @@ def _check_same_grid(
             )
 
 
-def _above_background(voxels: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+def above_background(voxels: np.ndarray, foreground: np.ndarray) -> np.ndarray:
     """Set the background to 0 and shift images with negative tissue so that none is below it."""
     darkest = min(0, voxels.min(initial=0, where=foreground))
     return np.where(foreground, voxels - darkest, 0)

@@ -51,15 +51,21 @@ def evaluate(options: Mapping[str, Any]) -> Path:
         cases = [case for case in data_set.cases() if case.mask is not None]
         least_mm3: Mapping[str, float] = {}
     else:
-        predictor = with_thresholds(options)
-        least_mm3 = predictor.point.least_mm3
-        data_set = predictor.data_set.in_folder(options["input"])
+        choose = options["thresholds"] == "chosen"
+        trained = Predictor.from_options(
+            {**options, "thresholds": "checkpoint"} if choose else options
+        )
+        predictor = trained.in_folder(Path(options["input"]), options["et_label"])
+        data_set = predictor.data_set
         cases = cases_of_part(data_set.cases(), options["cases"], options["checkpoint"])
         if options["cases"] not in LEARNED_FROM:
             first = data_set.modalities[0]
             identities = {case.name: identify(case.images[first]) for case in cases}
             for checkpoint in find_checkpoints(options["checkpoint"]):
                 check_unseen(checkpoint, identities)
+        if choose:
+            predictor = predictor.with_point(chosen_point(trained, options))
+        least_mm3 = predictor.point.least_mm3
         # Label maps keep all that the networks found: the report shows what least volumes change.
         unfiltered = predictor.with_point(replace(predictor.point, least_mm3={}))
         if failed := unfiltered(cases, output / "predictions"):
@@ -72,15 +78,17 @@ def evaluate(options: Mapping[str, Any]) -> Path:
     return text
 
 
-def with_thresholds(options: Mapping[str, Any]) -> Predictor:
-    """Load the ensemble with the thresholds asked for; chosen ones are written into the output."""
-    if options["thresholds"] != "chosen":
-        return Predictor.from_options(options)
-    predictor = Predictor.from_options({**options, "thresholds": "checkpoint"})
-    tuning = cases_of_part(predictor.data_set.cases(), options["tuned_on"], options["checkpoint"])
-    point = best_point(predictor, tuning, options["least_volume"])
-    point.write(Path(options["output"]) / THRESHOLDS_NAME, predictor.networks)
-    return predictor.with_point(point)
+def chosen_point(trained: Predictor, options: Mapping[str, Any]) -> OperatingPoint:
+    """Choose thresholds on cases that the networks were trained with, and write them down.
+
+    Args:
+        trained: The networks, with the data set that they were trained on.
+        options: The values of conf/evaluate.yaml.
+    """
+    tuning = cases_of_part(trained.data_set.cases(), options["tuned_on"], options["checkpoint"])
+    point = best_point(trained, tuning, options["least_volume"])
+    point.write(Path(options["output"]) / THRESHOLDS_NAME, trained.networks)
+    return point
 
 
 def best_point(

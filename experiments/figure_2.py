@@ -18,7 +18,7 @@ from datamodules.nifti import read_volume
 from errors import InputError
 from experiments.command import command
 from experiments.tables import markdown
-from grids import bounding_box
+from grids import bounding_box, spacing_mm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,11 +89,13 @@ def compare_with_template(case: Case, data_set: DataSet, radius_mm: float) -> Te
         radius_mm: Radius of the searchlight.
 
     Raises:
-        InputError: The case has no T1 or no mask, its files lie on two grids, or its brain does not
-            fit the template.
+        InputError: The case has no T1 or no mask, its files lie on two grids, the scan shows more
+            than the brain, or the brain does not fit the template.
     """
     from scipy.ndimage import affine_transform
 
+    from datamodules.foreground import find_foreground
+    from datamodules.preprocessing import above_background
     from datamodules.similarity import similarity
     from datamodules.template import register
 
@@ -104,6 +106,7 @@ def compare_with_template(case: Case, data_set: DataSet, radius_mm: float) -> Te
     if mask.shape != t1.shape:
         raise InputError(f"{case.mask}: expected {t1.shape} voxels as in t1, found {mask.shape}")
     regions = data_set.to_regions(data_set.canonical_labels(mask, case))
+    t1 = above_background(t1, find_foreground(t1, spacing_mm(affine), case.images["t1"]))
     registration = register(t1, affine)
     if registration.failed:
         raise InputError(
@@ -143,7 +146,14 @@ def draw(comparison: TemplateComparison, radius_mm: float) -> "Figure":
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    from lightning_modules.pictures import PLANES, add_legend, busiest_slice, draw_regions, plane
+    from lightning_modules.pictures import (
+        PLANES,
+        add_legend,
+        black_air,
+        busiest_slice,
+        draw_regions,
+        plane,
+    )
 
     box = tuple(
         slice(max(0, side.start - MARGIN), side.stop + MARGIN)
@@ -159,10 +169,7 @@ def draw(comparison: TemplateComparison, radius_mm: float) -> "Figure":
         )
     )
     regions = {region: mask[box] for region, mask in comparison.regions.items()}
-    t1_shades, template_shades = (
-        {"cmap": "gray", "vmin": 0, "vmax": float(np.percentile(image[image > 0], 99.5))}
-        for image in (t1, template)
-    )
+    (t1, t1_shades), (template, template_shades) = black_air(t1), black_air(template)
     similarity_shades = {"cmap": "RdBu_r", "norm": Normalize(-1, 1)}
     panels = {
         "T1": (t1, t1_shades),

@@ -17,6 +17,7 @@ from datamodules.nifti import read_volume
 from errors import InputError
 from experiments.tables import markdown, write_csv
 from files import write_text
+from grids import spacing_mm
 
 TITLES = {
     "dice": "Dice",
@@ -28,7 +29,13 @@ TITLES = {
 COLOURS = {"ET": "#2a9d6f", "TC": "#457b9d", "WT": "#1b6f79"}  # as in figure 4
 ERROR_GRID_MM = 2
 ERROR_SMOOTHING_MM = 4.0  # standard deviation
+TEMPLATE = "the MNI152 template"
 LEAST_TUMOUR = 0.1  # of a case, in a voxel of figure 5: with less there is no error to show
+
+NO_GRADES = (
+    "There are no results by grade: the data set names the grade of no case, neither by folders "
+    "HGG and LGG nor by a column Grade in a name_mapping*.csv."
+)
 
 Rows = dict[str, dict[str, float]]  # case -> `<score>_<region>` -> value
 
@@ -113,6 +120,34 @@ def false_alarms(rows: Rows, regions: Sequence[str]) -> list[dict[str, str]]:
     return table
 
 
+def by_grade(rows: Rows, grades: Mapping[str, str], regions: Sequence[str]) -> list[dict[str, str]]:
+    """Average Dice by grade: the paper finds that low-grade gliomas without ET are misclassified.
+
+    Args:
+        rows: Scores of every case.
+        grades: Grade of every case, empty where it is unknown.
+        regions: Names of the regions, outermost first.
+
+    Returns:
+        A row for each grade: its number of cases; for each region mean Dice, the number of cases
+        that have the region, and in how many of the others it is predicted.
+    """
+    table = []
+    for grade in sorted(set(grades.values()), key=lambda grade: (not grade, grade)):
+        own = [row for name, row in rows.items() if grades[name] == grade]
+        line = {"grade": grade or "unknown", "cases": str(len(own))}
+        for region in reversed(regions):
+            dice = np.array([row[f"dice_{region}"] for row in own])
+            dice = dice[~np.isnan(dice)]
+            having = sum(row[f"true_voxels_{region}"] > 0 for row in own)
+            alarms = sum(row[f"false_alarm_mm3_{region}"] > 0 for row in own)
+            line[f"Dice {region}"] = f"{dice.mean():.3f}" if len(dice) else "-"
+            line[f"with {region}"] = str(having)
+            line[f"false alarms {region}"] = f"{alarms} of {len(own) - having}"
+        table.append(line)
+    return table
+
+
 def draw_figure_4(rows: Rows, regions: Sequence[str], path: Path) -> None:
     """Draw the Dice of every case, its quartiles and its distribution, by region (figure 4)."""
     from matplotlib.figure import Figure
@@ -160,16 +195,38 @@ def median_case(pairs: Sequence[Pair], rows: Rows, regions: Sequence[str]) -> Pa
 
 
 def draw_figure_3(pair: Pair, predictions: BraTSMasks, data_set: DataSet, path: Path) -> None:
-    """Draw a scan, and truth and prediction over it, in three planes (figure 3)."""
+    """Draw the T1 of a case, and truth and prediction over it, in three planes (figure 3).
+
+    A case without T1 is drawn on its first scan. The title names the modality.
+    """
     from lightning_modules.pictures import draw_case
 
     both = compare(pair, predictions, data_set)
-    scan, _ = read_volume(list(pair.case.images.values())[-1])
+    images = pair.case.images
+    modality = "t1" if "t1" in images else next(iter(images))
     rows = {
         name: dict(zip(data_set.regions, masks, strict=True))
         for name, masks in {"truth": both.truth, "prediction": both.prediction}.items()
     }
-    draw_case(scan, rows, pair.case.name).savefig(path, dpi=100)
+    scan, _ = scan_without_air(images[modality])
+    draw_case(scan, rows, f"{pair.case.name}, {modality.upper()}").savefig(path, dpi=100)
+
+
+def scan_without_air(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a scan (X, Y, Z), RAS, and its affine (4, 4); set all voxels outside the brain to 0.
+
+    Negative intensities are shifted, which registration cannot use. A scan that is not
+    skull-stripped stays as it is.
+    """
+    from datamodules.foreground import find_foreground
+    from datamodules.preprocessing import above_background
+
+    scan, affine = read_volume(path)
+    try:
+        brain = find_foreground(scan, spacing_mm(affine), path)
+    except InputError:
+        return scan, affine
+    return above_background(scan, brain), affine
 
 
 class ErrorMap:
@@ -199,7 +256,8 @@ class ErrorMap:
         """
         from datamodules.template import register
 
-        scan, affine = read_volume(case.images.get("t1", next(iter(case.images.values()))))
+        path = case.images.get("t1", next(iter(case.images.values())))
+        scan, affine = scan_without_air(path)
         registration = register(scan, affine)
         if registration.failed:
             self.unregistered.append(case.name)
@@ -213,7 +271,9 @@ class ErrorMap:
         self.total += found.astype(np.float32) + true
 
     def draw(self, region: str, path: Path) -> None:
-        """Draw 1 - Dice at each place of the brain (figure 5).
+        """Draw 1 - Dice at each place of the brain (figure 5), on the template as it is.
+
+        The paper draws on Colin27; the title names the template that is drawn on here.
 
         The Dice at a voxel is taken over the cases: 2 Σ both / (Σ truth + Σ prediction), where each
         sum is smoothed by a Gaussian. Without any tumour there is no figure.
@@ -247,7 +307,8 @@ class ErrorMap:
             vmax=1,
             threshold=0,
             cut_coords=tuple((affine @ [*most_tumour, 1])[:3].tolist()),
-            title=f"1 - Dice of {region}, {self.registered} cases",
+            black_bg=True,
+            title=f"1 - Dice of {region}, {self.registered} cases, on {TEMPLATE}",
         )
         figure.savefig(path, dpi=120)
 
@@ -266,7 +327,9 @@ def write_report(
     convention: str = "nan",
     least_mm3: Mapping[str, float] | None = None,
 ) -> Path:
-    """Score predictions; write `cases.csv`, `table1.md`, `table1.csv` and the figures.
+    """Score predictions; write `cases.csv`, `table1.md`, two tables as CSV and the figures.
+
+    The tables are table 1 of the paper and `grades.csv`, which is left out if no grade is known.
 
     Args:
         predictions: Label maps of all cases.
@@ -312,6 +375,13 @@ def write_report(
     write_csv(output / "table1.csv", table)
     lines = [_basis(len(pairs), convention), "", markdown(table), ""]
     lines += [markdown(false_alarms(rows, regions)), ""]
+    grades = {case.name: case.grade for case in cases}
+    if any(grades.values()):
+        table = by_grade(rows, grades, regions)
+        write_csv(output / "grades.csv", table)
+        lines += [markdown(table), ""]
+    else:
+        lines += [NO_GRADES, ""]
     if least_mm3:
         changed = any(filtered_rows[name] is not rows[name] for name in rows)
         same = "" if changed else " the same"
@@ -323,6 +393,7 @@ def write_report(
         draw_figure_3(shown, predictions, data_set, output / "figure3.png")
         lines += [f"Figure 3 shows {shown.case.name}, the case of median Dice."]
         errors.draw(regions[0], output / "figure5.png")
+        lines += [f"Figure 5 is drawn on {TEMPLATE} of nilearn, that of the paper on Colin27."]
         if errors.unregistered:
             lines += [f"Not registered, and not in figure 5: {', '.join(errors.unregistered)}."]
     text = output / "table1.md"

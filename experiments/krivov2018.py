@@ -132,14 +132,16 @@ def retest(run: RunFolder, target_fp: float | None = None) -> RetestedRun:
 
 
 def score_lesions(module: "SegmentationModule", volumes: "Volumes") -> "LesionReport":
-    """Predict volumes and compare the predictions with their lesions, at every threshold."""
+    """Predict volumes and compare them with the lesions on each scan's grid, at every threshold."""
     import torch
     from torch.utils.data import DataLoader
+
+    from datamodules.patches import collate_volumes
 
     metrics = module.metrics["test"]
     metrics.reset()
     with torch.inference_mode():
-        for batch in DataLoader(volumes):
+        for batch in DataLoader(volumes, collate_fn=collate_volumes):
             metrics.update(module(batch["image"].to(module.device)), batch)
     return metrics.report()
 
@@ -159,7 +161,7 @@ def volumes_of(run: RunFolder, config: Mapping[str, Any], part: str) -> "Volumes
     names = set(run.split()[part])
     cases = [case for case in data_set.cases() if case.name in names]
     mirrored = build(config["data"]["sampler"]).mirrored
-    return Volumes(cache.build(cases, data_set), data_set, mirrored)
+    return Volumes(cache.build(cases, data_set), data_set, mirrored, scan_grids=True)
 
 
 def table_1(
@@ -259,7 +261,10 @@ def draw_froc(tested: Sequence[RetestedRun], path: Path) -> None:
 
 
 def draw_figure_2(tested: Sequence[RetestedRun], volume: Mapping[str, Any], path: Path) -> None:
-    """Draw one slice of a scan, of both networks' probabilities and of the truth (figure 2).
+    """Draw a slice of a scan, the lesions in it, and what both networks find there (figure 2).
+
+    The upper row has the scan and the probabilities; the lower row has the truth and, below each
+    network's probabilities, the segmentation at its threshold, over the scan.
 
     Args:
         tested: Runs, of which the first of each network is shown.
@@ -267,29 +272,43 @@ def draw_figure_2(tested: Sequence[RetestedRun], volume: Mapping[str, Any], path
         path: The picture.
     """
     import torch
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    from lightning_modules.pictures import busiest_slice, plane
+    from lightning_modules.pictures import PLANES, black_air, busiest_slice, draw_regions, plane
 
-    image, truth = volume["image"][0].numpy(), volume["mask"][0].numpy()
-    position = busiest_slice(truth, axis=2)
-    grey = {"cmap": "gray", "vmin": np.percentile(image, 1)}
+    scan, grey = black_air(volume["image"][0].numpy())
+    truth = volume["mask"][0].numpy()
+    axis = PLANES["axial"]
+    position = busiest_slice(truth, axis)
     shades = {"cmap": "magma", "vmin": 0, "vmax": 1}
-    panels = [("scan", image, grey)]
+    upper = [("scan", scan, grey)]
+    lower = [("truth", truth)]
     for model in ("dnet", "unet"):
         run = next((run for run in tested if run.model == model), None)
         if run is not None:
             with torch.inference_mode():
-                probability = run.module(volume["image"][None].to(run.module.device))[0, 0]
-            panels.append((NAMES[model], probability.cpu().numpy(), shades))
-    panels.append(("truth", truth, shades))
-    figure = Figure(figsize=(3 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for ax, (title, shown, options) in zip(axes, panels, strict=True):
-        ax.imshow(plane(shown, 2, position), **options)
-        ax.set_title(title)
+                estimate = run.module(volume["image"][None].to(run.module.device))[0, 0]
+            probability = estimate.cpu().numpy()
+            upper.append((f"{NAMES[model]}, probability", probability, shades))
+            found = probability > run.threshold
+            lower.append((f"{NAMES[model]}, above {run.threshold:.3g}", found))
+    figure = Figure(figsize=(3 * len(upper), 7), facecolor="black", layout="constrained")
+    axes = figure.subplots(2, len(upper))
+    for ax, (title, shown, options) in zip(axes[0], upper, strict=True):
+        ax.imshow(plane(shown, axis, position), **options)
+        ax.set_title(title, color="white", fontsize=9)
+    for ax, (title, mask) in zip(axes[1], lower, strict=True):
+        ax.imshow(plane(scan, axis, position), **grey)
+        draw_regions(ax, {"lesion": mask}, axis, position)
+        ax.set_title(title, color="white", fontsize=9)
+    for ax in axes.flat:
         ax.set_axis_off()
-    figure.suptitle(f"{volume['case']}, axial {position}")
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), "magma"), ax=axes, shrink=0.5)
+    bar.ax.tick_params(colors="white")
+    bar.set_label("probability", color="white")
+    figure.suptitle(f"{volume['case']}, axial {position}", color="white", fontsize=11)
     figure.savefig(path, dpi=120)
 
 
@@ -341,7 +360,8 @@ def write_report(folder: Path, target_fp: float | None = None) -> Path:
     lines = [
         f"{len(runs)} runs, {len(images)} test cases with {len(tested[0].report.lesions)} lesions, "
         f"volumes as {shape} voxels of {config['data']['cache']['spacing_mm']:g} mm. In brackets: "
-        "the 95 % interval of a bootstrap over patients, seeds averaged.",
+        "the 95 % interval of a bootstrap over patients, seeds averaged. Lesions are those of the "
+        "masks, on the grid of their files; those that a network does not see count as missed.",
         "",
         markdown([*rows, *PAPER]),
         "",

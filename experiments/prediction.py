@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from datamodules.brats import BraTS
 from datamodules.cases import Case, DataSet, compared
 from datamodules.nifti import identify, open_volume, read_volume, write_volume
 from datamodules.preprocessing import Preprocessing, Volume, restore
@@ -55,7 +56,8 @@ class Predictor:
 
     Attributes:
         ensemble: One network or more.
-        data_set: What the networks were trained on: modalities, regions, labels.
+        data_set: Data set of the cases to predict. After `from_options` it is the one that the
+            networks were trained on, whose folder may be gone; see `in_folder`.
         preprocessing: Turns files into the volumes that the networks see.
         cut: Cuts the channels that the networks see out of a volume.
         point: Thresholds and least volumes of the regions.
@@ -128,6 +130,28 @@ class Predictor:
         """Return a predictor of the same networks with other thresholds."""
         return replace(self, point=point)
 
+    def in_folder(self, folder: Path, et_label: int | None = None) -> "Predictor":
+        """Return a predictor of the same networks for the cases in another folder.
+
+        This folder, and not the one of the training, says which values its label maps have.
+
+        Args:
+            folder: Folder of cases, with masks or without.
+            et_label: Label of ET, 3 or 4, if no mask of the folder has any; 4 by default.
+
+        Raises:
+            InputError: The networks have no ET, or it has another label.
+        """
+        data_set = self.data_set.in_folder(folder)
+        if et_label is not None:
+            if not isinstance(data_set, BraTS):
+                raise InputError(
+                    f"et_label: expected null, as {type(data_set).__name__} has no ET; found "
+                    f"{et_label}"
+                )
+            data_set = BraTS(folder, data_set.modalities, data_set.regions, et_label)
+        return replace(self, data_set=data_set)
+
     def __call__(self, cases: Sequence[Case], output: Path) -> list[str]:
         """Write a label map of every case; print scores where there are masks.
 
@@ -160,8 +184,11 @@ class Predictor:
         """Write down what the label maps of a folder are made with; refuse a folder of others."""
         path = output / SETTINGS_NAME
         settings = {**self.networks, "precision": self.precision, **asdict(self.point)}
-        settings = json.loads(json.dumps(settings))
-        if path.exists() and not self.again and (found := json.loads(path.read_text())) != settings:
+        settings = json.loads(json.dumps(settings | {"file_values": self.data_set.file_values}))
+        # An older version wrote canonical labels and did not say so.
+        canonical = {"file_values": {label: int(label) for label in settings["file_values"]}}
+        found = canonical | json.loads(path.read_text()) if path.exists() else settings
+        if not self.again and found != settings:
             key = next(key for key in settings if found.get(key) != settings[key])
             raise InputError(
                 f"{path}: {key} is {found.get(key)} there and {settings[key]} here; give another "
@@ -197,7 +224,7 @@ class Predictor:
             path = output / f"{case.name}_probabilities.nii.gz"
             write_volume(path, np.moveaxis(probabilities, 0, -1), reference)
         written = label_map(output, case.name)
-        write_volume(written, data_set.to_labels(found), reference)
+        write_volume(written, in_files(data_set.to_labels(found), data_set), reference)
 
         thresholds = np.array([self.point.thresholds[region] for region in regions])
         title = case.name
@@ -223,7 +250,8 @@ def predict_folder(options: Mapping[str, Any]) -> None:
         InputError: Options or cases that cannot be used.
     """
     predictor = Predictor.from_options(options)
-    cases = predictor.data_set.in_folder(Path(options["input"])).cases()
+    predictor = predictor.in_folder(Path(options["input"]), options["et_label"])
+    cases = predictor.data_set.cases()
     warn_of_seen_cases(find_checkpoints(options["checkpoint"]), cases, predictor.data_set)
     if failed := predictor(cases, Path(options["output"])):
         raise InputError(f"{len(failed)} of {len(cases)} cases failed: {', '.join(failed)}")
@@ -244,9 +272,18 @@ def warn_of_seen_cases(
             logging.warning("%s; scores of these cases say nothing about new ones", error)
 
 
+def in_files(labels: np.ndarray, data_set: DataSet) -> np.ndarray:
+    """Translate canonical labels (X, Y, Z) to the values of a data set's files, uint8."""
+    values = np.zeros(256, np.uint8)
+    for label, value in data_set.file_values.items():
+        values[label] = value
+    return values[labels]
+
+
 def dice_of_file(written: Path, case: Case, data_set: DataSet) -> str:
     """Dice of each region of a predicted label map, on the grid that it is stored on."""
-    both = compared(read_volume(written)[0].astype("uint8"), written, case, data_set)
+    labels = data_set.canonical_labels(read_volume(written)[0], case)
+    both = compared(labels, written, case, data_set)
     prediction, truth = (torch.from_numpy(masks)[None] for masks in (both.prediction, both.truth))
     nothing_outside = torch.zeros(truth.shape[:2], dtype=torch.int64)
     scores = dice(prediction, truth, nothing_outside)[0].tolist()

@@ -1,6 +1,7 @@
 """Pictures of slices, with the masks of true and predicted regions."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -32,6 +33,21 @@ def plane(volume: Volume, axis: int, position: int) -> Shaped[np.ndarray, "row c
     Up is superior, or anterior in axial slices. Right is right, or anterior in sagittal slices.
     """
     return np.rot90(volume.take(position, axis))
+
+
+def black_air(scan: Volume) -> tuple[Volume, dict[str, Any]]:
+    """Prepare a scan for `imshow`, in grey and with black air.
+
+    Args:
+        scan: Intensities in any units, exactly 0 in the air. 0 is a grey among z-scores, so the air
+            gets the value that is drawn in black.
+
+    Returns:
+        The scan to draw; further arguments of `imshow`.
+    """
+    brain = scan[scan != 0]
+    low, high = np.percentile(brain, (1, 99.5)).tolist() if brain.size else (0.0, 1.0)
+    return np.where(scan == 0, low, scan), {"cmap": "gray", "vmin": low, "vmax": high}
 
 
 def draw_regions(
@@ -66,21 +82,19 @@ def draw_case(image: Volume, rows: Mapping[str, Mapping[str, Volume]], title: st
     The slices are those with most voxels of the outermost region, in the first row that has any.
 
     Args:
-        image: One modality, in RAS order.
+        image: One modality, in RAS order, 0 in the air.
         rows: Masks by region, outermost first, for "truth", "prediction", ...
         title: Name of the case, or more.
     """
     outermost = [next(iter(regions.values())) for regions in rows.values()]
     shown = next((mask for mask in outermost if mask.any()), outermost[0])
     positions = [busiest_slice(shown, axis) for axis in PLANES.values()]
-    brain = image[image != 0]
-    low, high = np.percentile(brain, (1, 99.5)) if brain.size else (0, 1)
-    scan = np.where(image == 0, low, image)  # the background is 0, which is a grey in z-scores
+    scan, shades = black_air(image)
     figure = Figure(figsize=(9, 3 * len(rows) + 4), facecolor="black", layout="constrained")
     axes = figure.subplots(len(rows) + 1, len(PLANES))
     for line, (name, regions) in zip(axes, {"scan": {}, **rows}.items(), strict=True):
         for ax, (label, axis), position in zip(line, PLANES.items(), positions, strict=True):
-            ax.imshow(plane(scan, axis, position), cmap="gray", vmin=low, vmax=high)
+            ax.imshow(plane(scan, axis, position), **shades)
             draw_regions(ax, regions, axis, position)
             ax.set_title(f"{name}, {label} {position}", color="white", fontsize=9)
             ax.set_axis_off()

@@ -1,7 +1,7 @@
 """The LightningModule of all networks: it trains on patches and is scored on whole volumes."""
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -15,6 +15,7 @@ from errors import InputError
 from lightning_modules.inference import Inference
 from lightning_modules.losses import Loss, Terms
 from lightning_modules.metrics import CaseMetrics
+from lightning_modules.metrics.lesions import OnScanGrid
 
 MakeOptimizer = Callable[[ParamsT], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -34,6 +35,7 @@ class VolumeBatch(Batch):
 
     outside: Int[Tensor, "b r"]  # number of true voxels that the crop has cut off
     index: Int[Tensor, " b"]  # position of the case in the data set
+    on_scan_grid: NotRequired[list[OnScanGrid]]  # of test cases
 
 
 class SegmentationModule(pl.LightningModule):

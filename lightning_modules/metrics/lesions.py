@@ -5,9 +5,14 @@ Lesions are the 26-connected components of the truth at full resolution; the pre
 positive is a predicted component that touches no lesion. False positives are averaged over all
 patients, with those who have no lesion. (Krivov & Belyaev 2018, section 3; connectivity and average
 are our reading of it.)
+
+Test cases are scored on the grid of their own files: on a coarser grid small lesions vanish from
+the truth, and a crop cuts lesions off. Validation during training stays on the network's grid,
+where counting is faster, and has only the lesions that are left there. That suffices to rank
+checkpoints and to choose a threshold, but its sensitivity is too high beside that of a test.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,7 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
 
-from grids import components
+from grids import bounding_box, components
 from lightning_modules.metrics.cases import CaseMetrics
 from lightning_modules.networks.geometry import Geometry
 
@@ -37,6 +42,11 @@ COUNTS = (
     "dice",  # sum over the detected lesions of their Dice with all components that touch them
 )
 SIZE_BINS_MM = (0.0, 5.0, 10.0, float("inf"))  # edges of the bins of diameters
+
+
+# Brings probabilities (R, X, Y, Z) from the network's grid to that of the scan. Returns them, the
+# true masks of the same shape, and the edges of a voxel in mm.
+OnScanGrid = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, Sequence[float]]]
 
 
 class CaseLesions(NamedTuple):
@@ -71,6 +81,9 @@ def match(
         spacing_mm: Edge of a voxel of `truth` in mm.
         thresholds: Probabilities above which a voxel is predicted.
     """
+    if stride == 1:  # nothing is counted outside this box, and a scan is mostly air
+        inside = bounding_box((probability > min(thresholds)) | truth)
+        probability, truth = probability[inside], truth[inside]
     lesion_of, lesions = components(truth)
     voxels = np.argwhere(lesion_of)
     lesion = lesion_of[tuple(voxels.T)] - 1
@@ -112,7 +125,10 @@ def _count(
         volume: Number of voxels of each lesion.
         box_voxels: Number of voxels at full resolution in each coarse voxel.
     """
-    component_of, predictions = components(probability > threshold)
+    predicted_here = probability > threshold
+    inside = bounding_box(predicted_here)  # far smaller than the volume at a high threshold
+    component_of = np.zeros(probability.shape, np.int32)
+    component_of[inside], predictions = components(predicted_here[inside])
     component = component_of.ravel()[box]
     hit = component > 0
     # Overlap in voxels of each lesion (rows) with each predicted component (columns).
@@ -124,7 +140,8 @@ def _count(
     touched_by = np.diff(table.indptr)
     touches = np.bincount(table.indices, minlength=predictions)
     shares = np.array([(touches[table.indices[a:b]] > 1).any() for a, b in _rows(table.indptr)])
-    size = np.bincount(component_of.ravel(), box_voxels.ravel(), minlength=predictions + 1)[1:]
+    numbers, voxels = component_of[inside].ravel(), box_voxels[inside].ravel()
+    size = np.bincount(numbers, voxels, minlength=predictions + 1)[1:]
     found = touched_by > 0
     predicted = np.array([size[table.indices[a:b]].sum() for a, b in _rows(table.indptr)])
     dice = 2 * table.sum(axis=1)[found] / (volume[found] + predicted[found])
@@ -257,10 +274,15 @@ class LesionReport(NamedTuple):
 class LesionMetrics(CaseMetrics):
     """Counts detected lesions and false positives, at every threshold.
 
+    A batch with `on_scan_grid` is scored on the grid of the cases' own files, where all of their
+    lesions are; a lesion that the network did not see, because a crop cut it off, is missed. Any
+    other batch is scored on the network's grid.
+
     Args:
         geometry: Halo and stride of the network. The probabilities have full resolution; those of a
-            network of stride s are constant in boxes of s³ voxels, and are counted as one each.
-        spacing_mm: Edge of a voxel in mm.
+            network of stride s are constant in boxes of s³ voxels, and are counted as one each on
+            the network's grid.
+        spacing_mm: Edge of a voxel of the network's grid in mm.
         thresholds: Probabilities at which lesions are counted, rising.
         threshold: The operating point: `compute` and `rows` report the scores at the nearest of the
             thresholds.
@@ -279,16 +301,28 @@ class LesionMetrics(CaseMetrics):
         self.thresholds = tuple(thresholds)
 
     def update(self, probability: Float[Tensor, "b 1 x y z"], batch: Mapping[str, Any]) -> None:
-        stride = self.stride
-        coarse = probability[:, 0, ::stride, ::stride, ::stride].float().cpu().numpy()
         index = batch["index"]
-        for values, truth, place in zip(coarse, batch["mask"][:, 0], index.tolist(), strict=True):
-            case = match(values, truth.cpu().numpy(), stride, self.spacing_mm, self.thresholds)
+        for item, place in enumerate(index.tolist()):
+            case = self._match(probability[item].float(), batch, item)
             record = [[place, len(case.lesions)], case.counts.ravel(), case.lesions.ravel()]
             # Every device has float32, which is exact for these counts.
             self.records.append(
                 torch.tensor(np.concatenate(record), dtype=torch.float32, device=index.device)
             )
+
+    def _match(
+        self, probability: Float[Tensor, "1 x y z"], batch: Mapping[str, Any], item: int
+    ) -> CaseLesions:
+        """Compare the prediction of one case of a batch with its lesions."""
+        if "on_scan_grid" in batch:
+            on_scan_grid: OnScanGrid = batch["on_scan_grid"][item]
+            found, truth, edges_mm = on_scan_grid(probability.cpu().numpy())
+            spacing_mm = float(np.cbrt(np.prod(edges_mm)))  # of a cube of the voxel's volume
+            return match(found[0], truth[0], 1, spacing_mm, self.thresholds)
+        stride = self.stride
+        coarse = probability[0, ::stride, ::stride, ::stride].cpu().numpy()
+        truth = batch["mask"][item, 0].cpu().numpy()
+        return match(coarse, truth, stride, self.spacing_mm, self.thresholds)
 
     def report(self) -> LesionReport:
         """Return the lesions of the cases of all ranks at every threshold."""

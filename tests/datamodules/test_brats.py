@@ -220,6 +220,32 @@ def test_values_without_a_meaning_are_named(tmp_path, value):
         data_set.canonical_labels(np.array([[[0, 1, value]]]), case)
 
 
+@pytest.mark.parametrize(("labels", "et"), [((1, 2, 3), 3), ((1, 2, 4), 4), ((1, 2), 4)])
+def test_files_have_the_label_of_et_that_the_masks_have(tmp_path, labels, et):
+    make_files(tmp_path / "A", "A", labels=labels)
+    assert BraTS(tmp_path).file_values == {0: 0, 1: 1, 2: 2, 4: et}
+
+
+def test_the_label_of_et_is_an_option_where_no_mask_has_any(tmp_path):
+    make_files(tmp_path / "new" / "A", "A", without=("mask",))
+    make_files(tmp_path / "old" / "B", "B", labels=(4,))
+    trained = BraTS(tmp_path / "gone", et_label=3)
+    assert trained.in_folder(tmp_path / "new").file_values[4] == 3
+    assert trained.in_folder(tmp_path / "old").file_values[4] == 4
+    assert BraTS(tmp_path / "new").file_values[4] == 4
+    with fails("et_label: expected 3 or 4, found 2"):
+        BraTS(tmp_path, et_label=2)
+
+
+def test_a_broken_mask_keeps_no_other_case_from_its_labels(tmp_path):
+    make_files(tmp_path / "A", "A", without=("mask",))
+    (tmp_path / "A" / "A_seg.nii.gz").write_bytes(b"broken")
+    make_files(tmp_path / "B", "B", labels=(3,))
+    data_set = BraTS(tmp_path)
+    _, b = data_set.cases()
+    assert data_set.canonical_labels(np.full((1, 1, 1), 3), b).item() == 4
+
+
 def test_float_error_of_a_scaled_mask_is_forgiven(tmp_path):
     make_files(tmp_path / "A", "A")
     data_set = BraTS(tmp_path)

@@ -66,3 +66,7 @@ def test_a_case_that_is_only_half_written_is_none(tmp_path: Path):
     whole = Metastases(tmp_path).cases()
     write_metastases(tmp_path / ".partial-1-other", np.zeros((8, 8, 8), np.uint8))
     assert Metastases(tmp_path).cases() == whole
+
+
+def test_label_maps_have_the_values_of_the_regions(tmp_path):
+    assert Metastases(tmp_path).file_values == {0: 0, 1: 1}

@@ -4,6 +4,7 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -230,6 +231,26 @@ def test_whole_volumes_for_validation_and_test(brats: Path, cache_root: Path, tm
     assert batch["case"] == [written["test"][0]]
     assert batch["image"].shape[2:] == batch["mask"].shape[2:]
     assert batch["outside"].tolist() == [[0, 0, 0]]
+
+
+def test_test_cases_alone_are_served_with_the_grid_of_their_scan(
+    brats: Path, cache_root: Path, tmp_path: Path
+):
+    """The scan's truth is the mask on disk, and a prediction of the truth comes to lie on it."""
+    module = data_module(brats, cache_root)
+    module.trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    module.prepare_data()
+    module.setup("test")
+    assert "on_scan_grid" not in next(iter(module.val_dataloader()))
+    batch = next(iter(module.test_dataloader()))
+    seen = batch["mask"][0].float().numpy()
+    probabilities, truth, spacing_mm = batch["on_scan_grid"][0](seen)
+    name = batch["case"][0]
+    labels = np.asanyarray(nib.load(brats / name / f"{name}_seg.nii.gz").dataobj)
+    assert seen.shape[1:] != labels.shape  # the crop is smaller than the scan
+    np.testing.assert_array_equal(truth[0], labels > 0)
+    np.testing.assert_array_equal(probabilities, truth)
+    assert spacing_mm == (1, 1, 1)
 
 
 def test_resumed_epoch_starts_where_it_should(brats: Path, cache_root: Path, tmp_path: Path):

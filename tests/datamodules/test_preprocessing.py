@@ -6,7 +6,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from datamodules.brats import BraTS
-from datamodules.preprocessing import Preprocessing, restore
+from datamodules.preprocessing import Preprocessing, on_scan_grid, restore
 from errors import InputError
 from tests.conftest import MODALITIES, affine_of, ball, make_arrays, write_case, write_image
 
@@ -275,6 +275,36 @@ def test_a_reference_that_is_no_image_is_named(tmp_path):
     (tmp_path / "a.nii").write_text("x")
     with pytest.raises(InputError, match=f"^{tmp_path}/a.nii: expected a readable NIfTI file"):
         restore(np.zeros((1, 2, 2, 2), np.float32), np.eye(4), tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR"])
+@pytest.mark.parametrize("spacing_mm", [1, 2])
+def test_a_prediction_lies_beside_the_truth_on_disk(make, axes, spacing_mm):
+    """What the crop cuts off is in the truth and is not predicted, whatever the axes on disk."""
+    images, labels, _ = make_arrays()
+    affine = affine_of(axes)
+    case, data_set = make(images, labels, affine)
+    volume = Preprocessing(spacing_mm, (8, 8, 8))(case, data_set)
+    everywhere = np.ones((3, *volume.labels.shape), np.float32)
+    found, truth, voxel_mm = on_scan_grid(case, data_set, volume.affine, everywhere)
+    expected, ras = canonical(labels, affine)
+    np.testing.assert_array_equal(truth, data_set.to_regions(expected))
+    assert found.shape == truth.shape
+    assert voxel_mm == pytest.approx((1, 1, 1))
+    place_mm = coordinates_mm(expected.shape, ras)
+    low = (volume.affine @ [0, 0, 0, 1])[:3, None, None, None]
+    high = (volume.affine @ [*np.subtract(volume.labels.shape, 1), 1])[:3, None, None, None]
+    inside = ((place_mm >= low - 1e-6) & (place_mm <= high + 1e-6)).all(0)
+    assert found[0][inside].min() > 0.99
+    assert not found[0][((place_mm < low - 2) | (place_mm > high + 2)).any(0)].any()
+    assert (truth[0] & ~inside).any()
+
+
+def test_without_a_mask_there_is_nothing_to_score(make):
+    images, _, _ = make_arrays()
+    case, data_set = make(images, None)
+    with pytest.raises(InputError, match=r"^A: expected a mask to score"):
+        on_scan_grid(case, data_set, np.eye(4), np.zeros((3, 4, 4, 4), np.float32))
 
 
 # What cannot be used

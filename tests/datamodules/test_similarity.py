@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 import train
 from datamodules.brats import BraTS
 from datamodules.cache import Cache
+from datamodules.nifti import read_volume
 from datamodules.similarity import (
     LEAST_INSIDE,
     LocalSimilarity,
@@ -24,10 +26,10 @@ from datamodules.similarity import (
 )
 from datamodules.template import Registration
 from errors import InputError
-from experiments.figure_2 import write_figure
+from experiments.figure_2 import compare_with_template, write_figure
 from experiments.prediction import Predictor
 from lightning_modules import checkpoint
-from tests.conftest import MODALITIES, ROOT, write_brats, write_case
+from tests.conftest import MODALITIES, ROOT, write_brats, write_case, write_image
 from tests.datamodules.conftest import SCAN_AFFINE, SCAN_SHAPE, SCAN_SPACING_MM, TRUTH
 
 Compose = Callable[..., DictConfig]
@@ -252,3 +254,15 @@ def test_figure_2_shows_that_the_tumour_is_unlike_a_healthy_brain(
     assert 4 < float(values["tilt (degrees)"]) < 8  # six were asked for
     with pytest.raises(InputError, match="no case found"):
         write_figure(tmp_path, tmp_path / "figure_2.png", cases=1, radius_mm=9)
+
+
+def test_figure_2_has_black_air_whatever_value_the_air_has(healthy: Path, tmp_path: Path):
+    """Data sets that are z-scored before they are published have other air than 0."""
+    data_set = BraTS(shutil.copytree(healthy, tmp_path / "copy"))
+    case = data_set.cases()[0]
+    t1, affine = read_volume(case.images["t1"])
+    write_image(case.images["t1"], np.where(t1 == 0, -700, t1 - 500), affine)
+    comparison = compare_with_template(case, data_set, radius_mm=9)
+    np.testing.assert_array_equal(comparison.t1[t1 == 0], 0)
+    assert comparison.t1.min() == 0
+    assert np.isnan(comparison.similarity[t1 == 0]).all()

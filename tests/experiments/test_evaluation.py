@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
@@ -18,6 +19,7 @@ from errors import InputError
 from experiments import frey2019
 from experiments.evaluation import THRESHOLDS_NAME, cases_of_part, evaluate
 from experiments.operating_point import OperatingPoint
+from lightning_modules import pictures
 from tests.conftest import ROOT, write_brats
 
 Compose = Callable[..., DictConfig]
@@ -102,6 +104,68 @@ def test_the_label_of_et_is_that_of_each_folder(label_maps: tuple[Path, Path], t
     assert rows_of(text.parent / "cases.csv")["BraTS2021_00000"]["dice_ET"] == 1
 
 
+@pytest.mark.parametrize("source", ["folders", "table"])
+def test_results_come_by_grade_with_the_number_of_cases(
+    label_maps: tuple[Path, Path], tmp_path: Path, source: str
+):
+    """Two HGG; one LGG that has no ET, in which ET is predicted."""
+    predictions, truths = label_maps
+    names = sorted(path.name for path in truths.iterdir())
+    grade_of = dict(zip(names, ("HGG", "LGG", "HGG"), strict=True))
+    path = truths / names[1] / f"{names[1]}_seg.nii.gz"
+    mask = nib.load(path)
+    labels = np.asanyarray(mask.dataobj)
+    nib.save(nib.Nifti1Image(np.where(labels == 4, 1, labels).astype(np.uint8), mask.affine), path)
+    if source == "folders":
+        for name, grade in grade_of.items():
+            (truths / grade).mkdir(exist_ok=True)
+            (truths / name).rename(truths / grade / name)
+    else:
+        lines = ["Grade,BraTS_2020_subject_ID", *(f"{g},{n}" for n, g in grade_of.items())]
+        (truths / "name_mapping.csv").write_text("\n".join(lines))
+    text = evaluate(options(predictions=predictions, input=truths, output=tmp_path / "out"))
+    rows = rows_of(text.parent / "cases.csv")
+    high, low = csv.DictReader((text.parent / "grades.csv").read_text().splitlines())
+    assert [high["grade"], high["cases"], low["grade"], low["cases"]] == ["HGG", "2", "LGG", "1"]
+    mean = (rows[names[0]]["dice_ET"] + rows[names[2]]["dice_ET"]) / 2
+    assert (high["Dice ET"], high["with ET"]) == (f"{mean:.3f}", "2")
+    assert high["false alarms ET"] == "0 of 0"
+    assert (low["Dice ET"], low["with ET"], low["false alarms ET"]) == ("-", "0", "1 of 1")
+    assert low["Dice WT"] == f"{rows[names[1]]['dice_WT']:.3f}"
+    assert "| LGG | 1 | - |" in text.read_text()
+
+
+def test_without_grades_the_report_says_so(label_maps: tuple[Path, Path], tmp_path: Path):
+    predictions, truths = label_maps
+    text = evaluate(options(predictions=predictions, input=truths, output=tmp_path / "out"))
+    assert "There are no results by grade" in text.read_text()
+    assert not (text.parent / "grades.csv").exists()
+
+
+def test_figure_3_shows_the_t1_on_black_air(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    truths = write_brats(tmp_path / "truths", cases=1)
+    (case,) = truths.iterdir()
+    t1 = nib.load(case / f"{case.name}_t1.nii.gz")
+    voxels = np.asanyarray(t1.dataobj).astype(np.float32)
+    background = voxels == 0
+    voxels = np.where(background, -1, voxels - 150)  # z-scores are published like this
+    nib.save(nib.Nifti1Image(voxels, t1.affine), case / f"{case.name}_t1.nii.gz")
+    drawn = {}
+
+    def draw_case(scan: np.ndarray, rows: object, title: str) -> Figure:
+        drawn[title] = scan
+        return Figure()
+
+    monkeypatch.setattr(pictures, "draw_case", draw_case)
+    masks = frey2019.BraTSMasks(truths)
+    pair = frey2019.pairs_of(masks, masks.cases())[0]
+    frey2019.draw_figure_3(pair, masks, masks, tmp_path / "figure3.png")
+    scan = drawn[f"{case.name}, T1"]
+    assert (scan[background] == 0).all()
+    brain = voxels[~background]
+    np.testing.assert_allclose(scan[~background], brain - brain.min(), atol=1e-3)
+
+
 def test_what_cannot_be_scored_is_one_clear_line(label_maps: tuple[Path, Path], tmp_path: Path):
     predictions, truths = label_maps
     asked = options(predictions=predictions, input=truths, output=tmp_path / "out")
@@ -141,6 +205,7 @@ def test_a_sweep_is_predicted_and_scored(
     assert {row["dice_WT"] for row in rows_of(output / "cases.csv").values()} == {1.0}
     names = {path.name for path in output.iterdir()}
     assert {"table1.md", "table1.csv", THRESHOLDS_NAME, "predictions", "wandb"} <= names
+    assert "Figure 5 is drawn on the MNI152 template of nilearn" in text.read_text()
     for figure in ("figure3", "figure4", "figure5"):
         with Image.open(output / f"{figure}.png") as picture:
             assert np.asarray(picture.convert("L")).std() > 5

@@ -1,21 +1,30 @@
 """The report on D-Net and the U-Net: from training on tiny data to table 1."""
 
+import csv
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from torch.utils.data import DataLoader
 
 import train
+from datamodules.cache import Cache, CachedCase
+from datamodules.metastases import Metastases
+from datamodules.patches import Volumes, collate_volumes
 from experiments import krivov2018
 from experiments.krivov2018 import bootstrap, retest, write_report
 from experiments.results import Results
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import load
+from lightning_modules.metrics import LesionMetrics, LesionReport
+from lightning_modules.networks.geometry import Geometry
 from tests.conftest import ROOT, write_metastases
 
 Compose = Callable[..., DictConfig]
@@ -127,6 +136,105 @@ def test_experiment_runs_from_the_command_line(
     assert ("| U-Net |" in done.stdout) == (experiment == "detection")
     krivov2018.main([str(tmp_path / "runs"), "--target-fp", "1"])
     assert "| D-Net |" in capsys.readouterr().out
+
+
+def scored(cases: list[CachedCase], data_set: Metastases, probability: float) -> LesionReport:
+    """Score one probability in every voxel that the network sees, as test cases are scored."""
+    metric = LesionMetrics(Geometry(halo=0, stride=1), spacing_mm=2)
+    volumes = Volumes(cases, data_set, scan_grids=True)
+    for batch in DataLoader(volumes, collate_fn=collate_volumes):
+        metric.update(torch.full(batch["mask"].shape, probability), batch)
+    return metric.report()
+
+
+def balls(centres: list[tuple[int, int, int]], side: int = 40) -> np.ndarray:
+    """Make a cube of labels with a lesion of 7 voxels, radius 1, around each centre."""
+    labels = np.zeros((side,) * 3, np.uint8)
+    for centre in centres:
+        for axis, step in product(range(3), (-1, 0, 1)):
+            labels[tuple(np.add(centre, step * np.eye(3, dtype=int)[axis]))] = 1
+    return labels
+
+
+def test_small_lesions_stay_in_the_truth_whatever_the_grid_of_the_network(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    grid = list(product(range(3, 39, 6), repeat=3))
+    centres = [tuple(grid[i] + rng.integers(0, 2, 3)) for i in rng.permutation(len(grid))[:60]]
+    write_metastases(tmp_path / "data" / "A", balls(centres, side=41))
+    data_set = Metastases(tmp_path / "data")
+    cases = Cache(tmp_path / "cache", 2, "brain", workers=1).build(data_set.cases(), data_set)
+    assert len(cases[0].lesions) < 45  # the others are gone from the network's grid
+    report = scored(cases, data_set, probability=0.01)
+    assert report.lesions_per_case() == [60]
+    diameter_mm = np.cbrt(6 * 7 / np.pi)
+    np.testing.assert_allclose(report.lesions[:, 1], diameter_mm, rtol=1e-5)
+    assert report.scores(0.5)["sensitivity"] == 0
+    scores = scored(cases, data_set, probability=0.99).scores(0.5)
+    assert scores["sensitivity"] == 1
+
+
+def test_lesions_that_a_crop_cuts_off_are_missed(tmp_path: Path):
+    write_metastases(tmp_path / "data" / "A", balls([(20, 20, 20), (4, 4, 4), (36, 20, 20)]))
+    data_set = Metastases(tmp_path / "data")
+    cases = Cache(tmp_path / "cache", 2, (20, 20, 20)).build(data_set.cases(), data_set)
+    report = scored(cases, data_set, probability=0.99)
+    assert report.lesions_per_case() == [3]
+    assert report.scores(0.5)["sensitivity"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.process
+def test_a_run_counts_all_lesions_of_its_test_cases(
+    composed: Compose, small: list[str], tmp_path: Path
+):
+    """The network sees voxels of 2 mm in the middle of the brain; a small lesion lies outside."""
+    large = np.zeros((26, 26, 26), np.uint8)
+    large[10:16, 10:16, 10:16] = 1
+    for number in range(1, 8):
+        labels = large | balls([(2, 2, 2)], side=26)
+        write_metastases(tmp_path / "data" / f"case_{number}", labels)
+    folder = tmp_path / "run"
+    overrides = ["data.cache.spacing_mm=2", "data.cache.crop=[20,20,20]", f"run_dir={folder}"]
+    train.train(composed(*small, *MODELS["dnet"], *overrides))
+    rows = list(csv.DictReader((folder / "cases.csv").read_text().splitlines()))
+    expected = [0 if row["case"] == "case_0" else 2 for row in rows]
+    assert sum(expected) >= 2
+    assert [int(row["lesions"]) for row in rows] == expected
+    assert retest(RunFolder(folder)).report.lesions_per_case() == expected
+
+
+class AsItIs(torch.nn.Module):
+    """A network whose probabilities are the sigmoid of the image."""
+
+    device = torch.device("cpu")
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.sigmoid()
+
+
+def test_figure_2_shows_segmentations_below_probabilities_on_black_air(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scan = torch.zeros(1, 16, 16, 16)
+    scan[:, 2:14, 2:14, 2:14] = torch.randn(1, 12, 12, 12, generator=torch.manual_seed(0))
+    truth = torch.zeros(1, 16, 16, 16, dtype=torch.bool)
+    truth[:, 6:9, 6:9, 6:9] = True
+    tested = [
+        krivov2018.RetestedRun(model, AsItIs(), None, 0.5, 0.0, 0)  # pyright: ignore
+        for model in ("unet", "dnet")
+    ]
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    volume = {"image": scan, "mask": truth, "case": "A"}
+    krivov2018.draw_figure_2(tested, volume, tmp_path / "figure.png")
+    panels = {ax.get_title(): ax.images[0] for ax in figures[0].axes if ax.get_title()}
+    assert list(panels) == [
+        "scan", "D-Net, probability", "U-Net, probability",
+        "truth", "D-Net, above 0.5", "U-Net, above 0.5",
+    ]  # fmt: skip
+    for name in ("scan", "truth", "D-Net, above 0.5"):
+        shown = panels[name].get_array()
+        assert shown[0, 0] == panels[name].get_clim()[0] < -1  # a corner: air
+    assert panels["D-Net, probability"].get_clim() == (0, 1)
 
 
 @pytest.mark.process

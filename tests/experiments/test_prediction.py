@@ -11,8 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import train
+from datamodules.brats import BraTS
+from datamodules.cases import Case
 from errors import InputError
-from experiments.prediction import SETTINGS_NAME, Predictor
+from experiments.prediction import SETTINGS_NAME, Predictor, predict_folder
 from tests.conftest import ROOT, write_brats
 
 Compose = Callable[..., DictConfig]
@@ -26,17 +28,25 @@ def bright(composed: Compose, tiny: list[str], bright_networks: None) -> Path:
     return Path(config.run_dir) / "best.ckpt"
 
 
+def options(**values: object) -> dict:
+    """Read conf/predict.yaml and change some of its values."""
+    config = OmegaConf.merge(
+        OmegaConf.load(ROOT / "conf" / "predict.yaml"),
+        {"device": "cpu"},
+        {name: str(value) if isinstance(value, Path) else value for name, value in values.items()},
+    )
+    return dict(OmegaConf.to_container(config))  # pyright: ignore
+
+
 def predict(
     checkpoint: Path | list[Path], source: Path, output: Path, **values: object
 ) -> list[str]:
     """Predict as the command line does, with some values of conf/predict.yaml changed."""
     paths = checkpoint if isinstance(checkpoint, list) else [checkpoint]
-    config = OmegaConf.merge(
-        OmegaConf.load(ROOT / "conf" / "predict.yaml"),
-        {"checkpoint": [str(path) for path in paths], "device": "cpu", **values},
-    )
-    predictor = Predictor.from_options(dict(OmegaConf.to_container(config)))  # pyright: ignore
-    return predictor(predictor.data_set.in_folder(source).cases(), output)
+    predictor = Predictor.from_options(
+        options(checkpoint=[str(path) for path in paths], **values)
+    ).in_folder(source)
+    return predictor(predictor.data_set.cases(), output)
 
 
 def reorient(folder: Path, codes: str) -> None:
@@ -88,6 +98,59 @@ def test_scores_are_printed_where_there_are_masks(bright: Path, tmp_path: Path, 
     new = write_brats(tmp_path / "new", cases=1)
     predict(bright, new, tmp_path / "out", pictures=False)
     assert "WT 1.000" in capsys.readouterr().out
+
+
+def rewrite_et(folder: Path, label: int) -> None:
+    """Give ET another label in all masks of a folder."""
+    for path in folder.rglob("*_seg.nii.gz"):
+        mask = nib.load(path)
+        labels = np.asanyarray(mask.dataobj)
+        labels = np.where(labels == 4, label, labels).astype(np.uint8)
+        nib.save(nib.Nifti1Image(labels, mask.affine), path)
+
+
+def labels_in(path: Path) -> set[int]:
+    return set(np.unique(np.asanyarray(nib.load(path).dataobj)).tolist())
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("masks", "et_label", "expected"), [(3, None, 3), (4, None, 4), (None, None, 4), (None, 3, 3)]
+)
+def test_et_has_the_label_of_the_input_even_if_the_training_folder_is_gone(
+    bright: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    masks: int | None,
+    et_label: int | None,
+    expected: int,
+):
+    read = BraTS.cases
+
+    def cases(data_set: BraTS) -> list[Case]:
+        if data_set.root != tmp_path / "new":
+            raise InputError(f"{data_set.root}: no such folder")
+        return read(data_set)
+
+    monkeypatch.setattr(BraTS, "cases", cases)
+    new = write_brats(tmp_path / "new", cases=1, with_masks=masks is not None)
+    if masks is not None:
+        rewrite_et(new, masks)
+    values = {"input": new, "output": tmp_path / "out", "et_label": et_label}
+    predict_folder(options(checkpoint=bright, pictures=False, **values))
+    assert labels_in(tmp_path / "out/BraTS2021_00000.nii.gz") - {0, 1, 2} == {expected}
+    if masks is not None:
+        assert "ET 0." in capsys.readouterr().out  # ET was found, and was scored as such
+
+
+@pytest.mark.process
+def test_a_folder_has_label_maps_of_one_convention(bright: Path, tmp_path: Path):
+    new = write_brats(tmp_path / "new", cases=1, with_masks=False)
+    asked = options(checkpoint=bright, input=new, output=tmp_path / "out", pictures=False)
+    predict_folder(asked)
+    with pytest.raises(InputError, match=r"file_values is .*'4': 4.* there and .*'4': 3.* here"):
+        predict_folder({**asked, "et_label": 3})
 
 
 @pytest.mark.process

@@ -93,6 +93,11 @@ def test_evaluation_refuses_what_its_networks_have_seen(
         evaluate({**asked, "cases": "all"})
     assert "\n" not in str(error.value)
 
+    nothing = tmp_path / "nothing"
+    with pytest.raises(InputError, match="that it has not seen"):  # before thresholds are chosen
+        evaluate({**asked, "cases": "all", "thresholds": "chosen", "output": str(nothing)})
+    assert not nothing.exists()
+
     for part in ("train", "validation"):
         (name, *_) = split[part]
         folder = renamed(brats, tmp_path / part, [name, split["test"][0]])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lightning_modules.pictures import busiest_slice, draw_case, plane
+from lightning_modules.pictures import black_air, busiest_slice, draw_case, plane
 
 
 def test_busiest_slice():
@@ -21,6 +21,17 @@ def test_planes_are_the_right_way_up():
     assert plane(volume, 0, 0)[0, 0] == 1  # sagittal: superior is up, posterior left
     assert plane(volume, 1, 0)[0, 0] == 1  # coronal: superior is up, left on the left
     assert plane(volume, 2, 3)[-1, 0] == 1  # axial: posterior is down, left on the left
+
+
+def test_air_is_drawn_in_black_also_among_z_scores():
+    scan = np.zeros((10, 10, 10))
+    scan[2:8, 2:8, 2:8] = np.random.default_rng(0).normal(size=(6, 6, 6))
+    shown, shades = black_air(scan)
+    assert (shown[scan == 0] == shades["vmin"]).all()
+    assert shades["vmin"] < -1
+    assert (shown[scan != 0] == scan[scan != 0]).all()
+    nothing, shades = black_air(np.zeros((2, 2, 2)))
+    assert (nothing == shades["vmin"]).all()
 
 
 def test_a_drawing_shows_the_regions_where_they_are(tmp_path: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.cases import Case, check_choice
+from datamodules.cases import Case, check_choice, usable
 from datamodules.nifti import read_volume
 from errors import InputError
 
@@ -83,9 +83,18 @@ class BraTS:
             InputError: The folder is missing or has no case, a case lacks a modality or has one
                 twice, or two folders have a case of the same name.
         """
+        return usable(self.survey())
+
+    def survey(self) -> tuple[list[Case], list[InputError]]:
+        """List the cases that have all their files, sorted by name, and what is wrong with others.
+
+        Raises:
+            InputError: The folder is missing or has no case.
+        """
         if not self.root.is_dir():
             raise InputError(f"{self.root}: no such folder; {EXPECTED}")
         grades: dict[str, str] = {}
+        errors: list[InputError] = []
         files_of: dict[tuple[Path, str], list[tuple[str, Path]]] = defaultdict(list)
         # os.walk follows links, which rglob does not: data sets are often folders of links.
         for folder, subfolders, names in os.walk(self.root, followlinks=True):
@@ -101,13 +110,18 @@ class BraTS:
 
         cases: dict[str, Case] = {}
         for (folder, name), files in sorted(files_of.items()):
-            if name in cases:
-                other = next(iter(cases[name].images.values())).parent
-                raise InputError(f"{folder}: case {name} is also in {other}; names must be unique")
-            cases[name] = self._case(folder, name, files, grades.get(name, ""))
-        if not cases:
+            try:
+                if name in cases:
+                    other = next(iter(cases[name].images.values())).parent
+                    raise InputError(
+                        f"{folder}: case {name} is also in {other}; names must be unique"
+                    )
+                cases[name] = self._case(folder, name, files, grades.get(name, ""))
+            except InputError as error:
+                errors.append(error)
+        if not files_of:
             raise InputError(f"{self.root}: no case found; {EXPECTED}")
-        return [cases[name] for name in sorted(cases)]
+        return [cases[name] for name in sorted(cases)], errors
 
     def _case(self, folder: Path, name: str, files: list[tuple[str, Path]], grade: str) -> Case:
         paths: dict[str, Path] = {}
@@ -136,7 +150,7 @@ class BraTS:
     @cached_property
     def _et_in_files(self) -> tuple[int, str]:
         """Find the label that ET has in the files, and the reason for it, to show in messages."""
-        for case in self.cases():
+        for case in self.survey()[0]:
             # A mask that cannot be read is named when its own case is used, and not before: the
             # other cases do not depend on it.
             with suppress(InputError):
@@ -221,8 +235,8 @@ class BraTSMasks(BraTS):
     def __init__(self, root: str | Path, regions: Sequence[str] = ("WT", "TC", "ET")) -> None:
         super().__init__(root, regions=regions)
 
-    def cases(self) -> list[Case]:
-        """List all cases that have a label map, sorted by name.
+    def survey(self) -> tuple[list[Case], list[InputError]]:
+        """List all cases that have a label map, sorted by name; the first error is raised.
 
         Raises:
             InputError: The folder is missing or has no label map, or a case has two.
@@ -254,7 +268,7 @@ class BraTSMasks(BraTS):
                 name, images[name], path, self._grade_of_folder(path.parent) or grades.get(name, "")
             )
             for name, path in sorted(masks.items())
-        ]
+        ], []
 
 
 def _equal(labels: np.ndarray, value: int) -> np.ndarray:
@@ -263,14 +277,21 @@ def _equal(labels: np.ndarray, value: int) -> np.ndarray:
 
 
 def _read_grades(path: Path) -> dict[str, str]:
-    """Read case name -> grade; each column of names is one year that a case was part of."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return {
-            name: row["Grade"]
-            for row in csv.DictReader(file)
-            for column, name in row.items()
-            if row.get("Grade") and re.fullmatch(r"BraTS_\d{4}_subject_ID", column or "")
-        }
+    """Read case name -> grade; each column of names is one year that a case was part of.
+
+    Raises:
+        InputError: The file cannot be read, or is no CSV file in UTF-8.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return {
+                name: row["Grade"]
+                for row in csv.DictReader(file)
+                for column, name in row.items()
+                if row.get("Grade") and re.fullmatch(r"BraTS_\d{4}_subject_ID", column or "")
+            }
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: expected a CSV file in UTF-8, found: {error}") from error
 
 
 def _adopt_misnamed_masks(files_of: dict[tuple[Path, str], list[tuple[str, Path]]]) -> None:

@@ -24,7 +24,7 @@ from datamodules.cases import Case, DataSet
 from datamodules.nifti import identify
 from datamodules.preprocessing import Extra, Preprocessing
 from errors import InputError
-from files import write_json, written_whole
+from files import read_json, write_json, written_whole
 
 VERSION = 1  # raise it when `Preprocessing` computes, or `Cache` writes, something else
 
@@ -114,7 +114,7 @@ class Cache:
     ) -> None:
         self.root = Path(root)
         self.preprocessing = Preprocessing(spacing_mm, crop, extras)
-        self.workers = workers or min(8, _available_cores())
+        self.workers = workers or min(8, available_cores())
 
     def key(self, data_set: DataSet) -> str:
         """Return the name of the folder for the cases of a data set."""
@@ -153,7 +153,7 @@ class Cache:
         from rich.progress import Progress
 
         built: dict[str, CachedCase] = {}
-        with _one_itk_thread(), ThreadPoolExecutor(self.workers) as pool, Progress() as progress:
+        with one_itk_thread(), ThreadPoolExecutor(self.workers) as pool, Progress() as progress:
             task = progress.add_task("preprocessing", total=len(cases))
             try:
                 # The first pass skips the cases that another process holds the lock of, so that
@@ -218,22 +218,23 @@ def _open(folder: Path, case: Case) -> CachedCase | None:
     """Open a case of the cache.
 
     Returns:
-        The case; None if it is missing, if its files have changed since, or if a version that kept
-        no identity wrote it.
+        The case; None if it is missing or damaged, if its files have changed since, or if a version
+        that kept no identity wrote it.
     """
+    sources = _sources(case)
     try:
-        facts = json.loads((folder / "case.json").read_text())
-    except FileNotFoundError:
+        facts = read_json(folder / "case.json", "the case is preprocessed again")
+        if facts["sources"] != sources:
+            return None
+        return CachedCase(
+            case=case,
+            folder=folder,
+            affine=np.array(facts["affine"], float).reshape(4, 4),
+            outside={int(label): count for label, count in facts["outside"].items()},
+            identity=facts["identity"],
+        )
+    except (InputError, KeyError, TypeError, ValueError, AttributeError):
         return None
-    if facts["sources"] != _sources(case) or "identity" not in facts:
-        return None
-    return CachedCase(
-        case=case,
-        folder=folder,
-        affine=np.array(facts["affine"]),
-        outside={int(label): count for label, count in facts["outside"].items()},
-        identity=facts["identity"],
-    )
 
 
 def _sources(case: Case) -> dict[str, dict[str, Any]]:
@@ -259,14 +260,14 @@ def _sources(case: Case) -> dict[str, dict[str, Any]]:
     return sources
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # missing on macOS; honours the limits of a cluster's job
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 @contextmanager
-def _one_itk_thread() -> Iterator[None]:
+def one_itk_thread() -> Iterator[None]:
     """Limit ITK to one thread, since the cases run in parallel already."""
     from SimpleITK import ProcessObject
 

@@ -1,14 +1,14 @@
 """What every data set consists of: its cases, and what their labels mean."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 import grids
-from datamodules.nifti import read_volume
+from datamodules.nifti import check_same_grid, read_volume
 from errors import InputError
 
 
@@ -50,7 +50,19 @@ class DataSet(Protocol):
         ...
 
     def cases(self) -> list[Case]:
-        """List all cases, sorted by name."""
+        """List all cases, sorted by name.
+
+        Raises:
+            InputError: The first error of `survey`.
+        """
+        ...
+
+    def survey(self) -> tuple[list[Case], list[InputError]]:
+        """List the cases that have all their files, sorted by name, and what is wrong with others.
+
+        Raises:
+            InputError: The folder is missing or has no case.
+        """
         ...
 
     def canonical_labels(self, labels: np.ndarray, case: Case) -> np.ndarray:
@@ -109,26 +121,36 @@ class Compared(NamedTuple):
     affine: np.ndarray
 
 
-def compared(labels: np.ndarray, written: Path, case: Case, data_set: DataSet) -> Compared:
-    """Read the mask of a case and put it beside a predicted label map.
-
-    Args:
-        labels: Predicted canonical labels (X, Y, Z), RAS.
-        written: File that the prediction was read from, for error messages.
-        case: Case that was predicted.
-        data_set: Data set whose labels and regions are meant.
+def usable(surveyed: tuple[list[Case], list[InputError]]) -> list[Case]:
+    """Return the cases of `DataSet.survey` if all of them can be used.
 
     Raises:
-        InputError: The case has no mask, or one that cannot be used or is on another grid.
+        InputError: The first error of the survey.
+    """
+    cases, errors = surveyed
+    if errors:
+        raise errors[0]
+    return cases
+
+
+def compared(written: Path, case: Case, predictions: DataSet, data_set: DataSet) -> Compared:
+    """Read a predicted label map and the mask of its case.
+
+    Args:
+        written: File of the label map.
+        case: Case that was predicted.
+        predictions: Data set whose values the label map has.
+        data_set: Data set whose values the mask has, and whose regions are meant.
+
+    Raises:
+        InputError: The case has no mask; the label map or the mask cannot be used; they do not lie
+            on one grid.
     """
     if case.mask is None:
         raise InputError(f"{case.name}: expected a mask to compare {written} with, found none")
-    truth, affine = read_volume(case.mask)
-    if labels.shape != truth.shape:
-        raise InputError(
-            f"{written}: expected the grid of {case.mask}, found {labels.shape} beside "
-            f"{truth.shape} voxels"
-        )
+    (predicted, written_affine), (truth, affine) = read_volume(written), read_volume(case.mask)
+    check_same_grid([case.mask, written], [truth.shape, predicted.shape], [affine, written_affine])
+    labels = predictions.canonical_labels(predicted, replace(case, mask=written))
     return Compared(
         prediction=data_set.to_regions(labels),
         truth=data_set.to_regions(data_set.canonical_labels(truth, case)),

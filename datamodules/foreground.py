@@ -55,16 +55,16 @@ def find_foreground(image: np.ndarray, spacing_mm: np.ndarray, path: Path) -> np
     coarse = tuple(slice(None, None, stride) for stride in strides)
     coarse_mm = strides * spacing_mm
     if any((edge == background).all() for edge in _edges(image)):
-        foreground = _filled(image != background)
-        _check_volume(_filled(foreground[coarse], IN_PLANE), coarse_mm, path)
+        foreground = filled(image != background)
+        _check_volume(filled(foreground[coarse], IN_PLANE), coarse_mm, path)
         return foreground
     relative, tissue = _separate_from_air(image, path)
     # Bone is as dark as air and open at the neck, but within an axial slice the scalp encloses it.
-    head = _filled(tissue[coarse], IN_PLANE)
+    head = filled(tissue[coarse], IN_PLANE)
     _check_volume(head, coarse_mm, path)
-    _check_bone(head, relative[coarse], coarse_mm, path)
+    check_bone(head, relative[coarse], coarse_mm, path)
     pieces, _ = grids.components(tissue)
-    return _filled(pieces == np.bincount(pieces[tissue]).argmax())
+    return filled(pieces == np.bincount(pieces[tissue]).argmax())
 
 
 def _faces(volume: np.ndarray, axes: Sequence[int] = ALL_AXES) -> np.ndarray:
@@ -79,7 +79,7 @@ def _edges(volume: np.ndarray) -> Iterator[np.ndarray]:
         yield from (along[i, j] for i in (0, -1) for j in (0, -1))
 
 
-def _filled(mask: np.ndarray, axes: Sequence[int] = ALL_AXES) -> np.ndarray:
+def filled(mask: np.ndarray, axes: Sequence[int] = ALL_AXES) -> np.ndarray:
     """Fill the holes of a mask (X, Y, Z).
 
     Holes are background that does not reach the faces of the mask's bounding box. Along all axes
@@ -144,7 +144,7 @@ def _check_volume(head: np.ndarray, spacing_mm: np.ndarray, path: Path) -> None:
         )
 
 
-def _check_bone(
+def check_bone(
     head: np.ndarray, intensities: np.ndarray, spacing_mm: np.ndarray, path: Path
 ) -> None:
     """Refuse a head whose outer shells are bright, dark and bright: scalp, bone and brain.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.cases import Case, check_choice
+from datamodules.cases import Case, check_choice, usable
 from errors import InputError
 
 MODALITIES = ("t1ce", "t1", "t2", "flair")
@@ -52,27 +52,40 @@ class Metastases:
             InputError: The folder is missing or has no case, or a case lacks a modality or has one
                 twice.
         """
+        return usable(self.survey())
+
+    def survey(self) -> tuple[list[Case], list[InputError]]:
+        """List the cases that have all their files, sorted by name, and what is wrong with others.
+
+        Raises:
+            InputError: The folder is missing or has no case.
+        """
         expected = f"expected CASE/{self.modalities[0]}.nii.gz and CASE/seg.nii.gz"
         if not self.root.is_dir():
             raise InputError(f"{self.root}: no such folder; {expected}")
-        cases = []
+        cases: list[Case] = []
+        errors: list[InputError] = []
         # Hidden folders are cases that are being written, or that a killed process left.
         for folder in sorted(self.root.glob("[!.]*")):
-            files: dict[str, Path] = {}
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if match := _FILE.fullmatch(path.name):
-                    if (kind := match["kind"]) in files:
-                        raise InputError(
-                            f"{folder}: its {kind} is there twice: {files[kind].name}, {path.name}"
-                        )
-                    files[kind] = path
-            if files:
-                cases.append(self._case(folder, files))
-        if not cases:
+            paths = sorted(folder.iterdir()) if folder.is_dir() else ()
+            if any(_FILE.fullmatch(path.name) for path in paths):
+                try:
+                    cases.append(self._case(folder, paths))
+                except InputError as error:
+                    errors.append(error)
+        if not cases and not errors:
             raise InputError(f"{self.root}: no case found; {expected}")
-        return cases
+        return cases, errors
 
-    def _case(self, folder: Path, files: dict[str, Path]) -> Case:
+    def _case(self, folder: Path, paths: Sequence[Path]) -> Case:
+        files: dict[str, Path] = {}
+        for path in paths:
+            if match := _FILE.fullmatch(path.name):
+                if (kind := match["kind"]) in files:
+                    raise InputError(
+                        f"{folder}: its {kind} is there twice: {files[kind].name}, {path.name}"
+                    )
+                files[kind] = path
         for modality in self.modalities:
             if modality not in files:
                 raise InputError(

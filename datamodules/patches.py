@@ -20,7 +20,7 @@ from datamodules.cache import Cache, CachedCase
 from datamodules.cases import Case, DataSet
 from datamodules.preprocessing import on_scan_grid
 from datamodules.sampling import BalancedSampler, Cut, as_subject, cut_with_mirrored, whole
-from datamodules.splits import SPLIT_NAME, Split
+from datamodules.splits import SPLIT_NAME, Split, check_distinct, with_masks
 from errors import InputError
 
 PatchKey = tuple[int, int]  # epoch, index
@@ -303,9 +303,15 @@ class PatchDataModule(pl.LightningDataModule):
         self.cache.build(self.data_set.cases(), self.data_set)
 
     def setup(self, stage: str) -> None:
-        """Split the cases that have a mask, and write the split into the folder of the run."""
-        cases = [case for case in self.data_set.cases() if case.mask is not None]
-        self.parts = self.split(cases)
+        """Split the cases that have a mask, and write the split into the folder of the run.
+
+        Raises:
+            InputError: There is no mask, or one patient is in two parts.
+        """
+        self.parts = self.split(with_masks(self.data_set.cases()))
+        chosen = [*self.parts.train, *self.parts.validation, *self.parts.test]
+        cached = self.cache.build(chosen, self.data_set)
+        check_distinct(self.parts, {case.name: case.identity for case in cached})
         if self.trainer is not None and self.trainer.is_global_zero:
             self.parts.write(Path(self.trainer.default_root_dir) / SPLIT_NAME)
 

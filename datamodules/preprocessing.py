@@ -1,6 +1,8 @@
 """Preprocessing: from the files of a case to standardised arrays on one grid, and back."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -10,12 +12,21 @@ import numpy as np
 
 import grids
 from datamodules.cases import Case, DataSet
+from datamodules.checks import COARSE_MM, Coarse, quick_findings
 from datamodules.foreground import find_foreground
-from datamodules.nifti import open_volume, read_volume
+from datamodules.nifti import (
+    SAME_GRID_VOXELS,
+    check_same_grid,
+    corners,
+    open_volume,
+    read_volume,
+)
 from errors import InputError
 
-SAME_GRID_VOXELS = 0.1  # images of one case may differ by rounding in their headers, not by more
 SAME_SPACING = 1e-3  # relative; closer than this, resampling would only blur
+# Distance of an outlier in ranges from the 1st to the 99th percentile; vessels and fat reach 5.
+MAX_OUTLIER = 1000
+MAX_IN_AIR = 0.5  # share of the lesion voxels of a mask that may lie outside the brain
 
 Grid = tuple[tuple[int, ...], np.ndarray]  # shape (3,) and affine (4, 4)
 
@@ -100,24 +111,15 @@ class Preprocessing:
         self.extras = dict(extras)
 
     def __call__(self, case: Case, data_set: DataSet) -> Volume:
-        """Preprocess one case, with or without a mask."""
-        paths = [case.images[modality] for modality in data_set.modalities]
-        images, affines = zip(*map(read_volume, paths), strict=True)
-        labels = np.zeros(images[0].shape, np.uint8)
-        if case.mask is not None:
-            mask, mask_affine = read_volume(case.mask)
-            paths, affines = [*paths, case.mask], (*affines, mask_affine)
-            _check_same_grid(paths, [*images, mask], affines)
-            labels = data_set.canonical_labels(mask, case)
-        else:
-            _check_same_grid(paths, images, affines)
-
-        affine = affines[0]
+        """Preprocess one case, with or without a mask; log what looks wrong with it."""
+        scan = read_scan(case, data_set)
+        for finding in quick_findings(scan.coarse(case)):
+            logging.warning("%s: %s", case.name, finding.message)
+        images, foregrounds = list(scan.images.values()), list(scan.brains.values())
+        labels, affine = scan.labels, scan.affine
+        if labels is None:
+            labels = np.zeros(images[0].shape, np.uint8)
         spacing_mm = grids.spacing_mm(affine)
-        foregrounds = [
-            find_foreground(image, spacing_mm, path)
-            for image, path in zip(images, paths, strict=False)  # the mask comes last
-        ]
         if not np.allclose(spacing_mm, self.spacing_mm, rtol=SAME_SPACING):
             grid = _isotropic_grid(labels.shape, affine, self.spacing_mm)
             resampled = [
@@ -128,7 +130,7 @@ class Preprocessing:
             labels = _resample_labels(labels, affine, grid)
             affine = grid[1]
 
-        start, shape = self._crop_box(np.logical_or.reduce(foregrounds), case)
+        start, shape = self._crop_box(np.logical_or.reduce(foregrounds))
         image = np.zeros((len(images), *shape), np.float16)
         for channel, (modality, voxels, foreground) in enumerate(
             zip(data_set.modalities, images, foregrounds, strict=True)
@@ -162,14 +164,11 @@ class Preprocessing:
             extras=facts,
         )
 
-    def _crop_box(self, brain: np.ndarray, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    def _crop_box(self, brain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the first voxel of the crop, which may lie outside the volume, and its shape."""
         box = grids.bounding_box(brain)
         low = np.array([side.start for side in box])
         high = np.array([side.stop for side in box])
-        if not (high > low).all():
-            files = ", ".join(str(path) for path in case.images.values())
-            raise InputError(f"{files}: expected a brain, found one value in every voxel")
         if self.crop == "brain":
             return low, high - low
         shape = np.array([round(float(extent) / self.spacing_mm) for extent in self.crop])
@@ -249,7 +248,7 @@ def to_grid(array: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
     shape, target = grid
     to_array = np.linalg.inv(affine) @ target  # voxel of the original -> voxel of the array
     rounded = np.round(to_array)
-    shift_voxels = np.abs(_corners(shape) @ (to_array - rounded).T).max()
+    shift_voxels = np.abs(corners(shape) @ (to_array - rounded).T).max()
     if shift_voxels >= SAME_GRID_VOXELS or round(abs(np.linalg.det(rounded))) != 1:
         return _resample(array, affine, grid)
     restored = np.zeros((len(array), *shape), np.float32)
@@ -266,41 +265,129 @@ def to_grid(array: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
     return restored
 
 
-def _corners(shape: Sequence[int]) -> np.ndarray:
-    """Return the centres of the eight corner voxels of a volume, homogeneous (8, 4)."""
-    return np.array(
-        [(*np.multiply(unit, np.subtract(shape, 1)), 1) for unit in np.ndindex(2, 2, 2)]
-    )
-
-
-def _check_same_grid(
-    paths: Sequence[Path], volumes: Sequence[np.ndarray], affines: Sequence[np.ndarray]
-) -> None:
-    """Check that all files of a case share one grid, since the first one's affine is used for all.
-
-    Raises:
-        InputError: A shape differs, or a corner voxel lies `SAME_GRID_VOXELS` or more away.
-    """
-    shape = volumes[0].shape
-    for path, volume, affine in zip(paths, volumes, affines, strict=True):
-        if volume.shape != shape:
-            raise InputError(
-                f"{path}: expected the grid of {paths[0]}, "
-                f"found shape {volume.shape} beside {shape}"
-            )
-        shift_mm = np.linalg.norm(_corners(shape) @ (affine - affines[0]).T, axis=1).max()
-        shift_voxels = shift_mm / grids.spacing_mm(affines[0]).min()
-        if shift_voxels >= SAME_GRID_VOXELS:
-            raise InputError(
-                f"{path}: expected the grid of {paths[0]}, found corners {shift_mm:.3g} mm "
-                f"({shift_voxels:.3g} voxels) away"
-            )
-
-
 def above_background(voxels: np.ndarray, foreground: np.ndarray) -> np.ndarray:
     """Set the background to 0 and shift images with negative tissue so that none is below it."""
     darkest = min(0, voxels.min(initial=0, where=foreground))
     return np.where(foreground, voxels - darkest, 0)
+
+
+class Scan(NamedTuple):
+    """The files of a case, as they were read, on one grid.
+
+    Attributes:
+        images: Modality -> (X, Y, Z) float32, RAS.
+        brains: Modality -> (X, Y, Z) bool, see `foreground.find_foreground`.
+        labels: Canonical labels (X, Y, Z) uint8; None without a mask.
+        affine: (4, 4), voxel to mm, RAS.
+    """
+
+    images: dict[str, np.ndarray]
+    brains: dict[str, np.ndarray]
+    labels: np.ndarray | None
+    affine: np.ndarray
+
+    def coarse(self, case: Case) -> Coarse:
+        """Take every n-th voxel, `COARSE_MM` apart, which is enough to see what a scan shows."""
+        spacing_mm = grids.spacing_mm(self.affine)
+        strides = np.maximum(1, np.floor(COARSE_MM / spacing_mm + 1e-3)).astype(int)
+        every = tuple(slice(None, None, stride) for stride in strides)
+        return Coarse(
+            case=case,
+            images={modality: voxels[every] for modality, voxels in self.images.items()},
+            brains={modality: voxels[every] for modality, voxels in self.brains.items()},
+            labels=None if self.labels is None else self.labels[every],
+            affine=self.affine @ np.diag([*strides, 1]),
+        )
+
+
+def read_scan(case: Case, data_set: DataSet, errors: list[InputError] | None = None) -> Scan:
+    """Read the files of a case and check that they can be used together.
+
+    Args:
+        case: The case, with or without a mask.
+        data_set: Data set of the case.
+        errors: Takes all that is wrong with the case, so that reading goes on with the other
+            files; without it the first error is raised.
+
+    Returns:
+        The modalities that can be used, on the grid of the first, and the labels if they can.
+
+    Raises:
+        InputError: A file cannot be used; all files cannot.
+    """
+    files = {modality: case.images[modality] for modality in data_set.modalities}
+    if case.mask is not None:
+        files["mask"] = case.mask
+    volumes: dict[str, np.ndarray] = {}
+    first, affine = case.name, np.eye(4)
+    for kind, path in files.items():
+        with _collected_in(errors):
+            voxels, own_affine = read_volume(path)
+            if not volumes:
+                first, affine = kind, own_affine
+            else:
+                check_same_grid(
+                    [files[first], path], [volumes[first].shape, voxels.shape], [affine, own_affine]
+                )
+            volumes[kind] = voxels
+    mask = volumes.pop("mask", None)
+    brains = {}
+    for modality, voxels in list(volumes.items()):
+        with _collected_in(errors):
+            path = files[modality]
+            brain = find_foreground(voxels, grids.spacing_mm(affine), path)
+            _moments(voxels[brain], path)
+            _check_outliers(voxels[brain], path)
+            brains[modality] = brain
+    labels = None
+    if mask is not None:
+        with _collected_in(errors):
+            canonical = data_set.canonical_labels(mask, case)
+            if brains:
+                _check_in_brain(canonical > 0, np.logical_or.reduce(list(brains.values())), case)
+            labels = canonical
+    return Scan({modality: volumes[modality] for modality in brains}, brains, labels, affine)
+
+
+@contextmanager
+def _collected_in(errors: list[InputError] | None) -> Iterator[None]:
+    """Add an error to a list, if there is one, instead of raising it."""
+    try:
+        yield
+    except InputError as error:
+        if errors is None:
+            raise
+        errors.append(error)
+
+
+def _check_outliers(voxels: np.ndarray, path: Path) -> None:
+    """Refuse a brain (N,) whose z-scores a few voxels would press to nothing.
+
+    Raises:
+        InputError: A voxel lies more than `MAX_OUTLIER` ranges beyond the others.
+    """
+    low, high = map(float, np.percentile(voxels, (1, 99)))
+    darkest, brightest = float(voxels.min()), float(voxels.max())
+    if high > low and max(brightest - high, low - darkest) > MAX_OUTLIER * (high - low):
+        raise InputError(
+            f"{path}: expected no outliers, found values from {darkest:.3g} to {brightest:.3g} "
+            f"where 98 % of the brain have {low:.3g} to {high:.3g}"
+        )
+
+
+def _check_in_brain(lesion: np.ndarray, brain: np.ndarray, case: Case) -> None:
+    """Refuse a mask (X, Y, Z) that was drawn in the air beside the brain (X, Y, Z).
+
+    Raises:
+        InputError: More than `MAX_IN_AIR` of it lies outside the brain.
+    """
+    voxels = int(lesion.sum())
+    outside = voxels - int((lesion & brain).sum())
+    if brain.any() and outside > MAX_IN_AIR * voxels:
+        raise InputError(
+            f"{case.mask}: expected labels inside the brain, found {outside} of {voxels} voxels "
+            "outside it"
+        )
 
 
 def _moments(voxels: np.ndarray, path: Path) -> tuple[float, float]:

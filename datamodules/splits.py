@@ -1,17 +1,16 @@
 """Which cases are for training, validation and testing."""
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 
 from datamodules.cases import Case
 from errors import InputError
-from files import write_json
+from files import read_json, write_json
 
 SPLIT_NAME = "split.json"  # in the folder of a run
 PARTS = ("train", "validation", "test")
@@ -40,19 +39,56 @@ def read_names(path: str | Path) -> dict[str, list[str]]:
     Raises:
         InputError: The file is missing or has other content.
     """
-    expected = f'expected {{"train": [case names], ...}} with the keys {", ".join(PARTS)}'
-    try:
-        names = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {expected}, found: {error}") from error
+    expected = f'{{"train": [case names], ...}} with the keys {", ".join(PARTS)}'
+    names = read_json(Path(path), f"a split is {expected}")
     if not (
-        isinstance(names, dict)
-        and set(names) == set(PARTS)
+        set(names) == set(PARTS)
         and all(isinstance(part, list) for part in names.values())
         and all(isinstance(name, str) for name in chain.from_iterable(names.values()))
     ):
-        raise InputError(f"{path}: {expected}, found other content")
+        raise InputError(f"{path}: expected {expected}, found other content")
     return names
+
+
+def with_masks(cases: Sequence[Case]) -> list[Case]:
+    """Select the cases that have a mask, which training and scores need.
+
+    Raises:
+        InputError: None has one.
+    """
+    selected = [case for case in cases if case.mask is not None]
+    if cases and not selected:
+        first = next(iter(cases[0].images.values()))
+        raise InputError(
+            f"{first.parent}: expected masks to train and test with, found none of {len(cases)} "
+            "cases; predict.py needs no masks"
+        )
+    return selected
+
+
+def check_distinct(split: Split, identities: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a split in which one patient is in two parts under two names.
+
+    Args:
+        split: The split.
+        identities: Name of each of its cases -> identities of its patient, of which one in common
+            is enough, see `nifti.identify`.
+
+    Raises:
+        InputError: Two cases of different parts show the same patient.
+    """
+    seen: dict[str, tuple[str, Case]] = {}
+    for part in PARTS:
+        for case in getattr(split, part):
+            for identity in identities[case.name]:
+                other_part, other = seen.setdefault(identity, (part, case))
+                if other_part != part:
+                    path = next(iter(case.images.values()))
+                    raise InputError(
+                        f"{path}: expected each patient in one part of the split, found "
+                        f"{case.name} ({part}) to be the same as {other.name} ({other_part}); "
+                        "remove one of them"
+                    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +136,8 @@ class FractionSplit:
         ]
         if len(cases) < len(wanted):
             raise InputError(
-                f"split: {len(cases)} cases are too few for one of each of {', '.join(wanted)}"
+                f"split: {len(cases)} cases with a mask are too few for one of each of "
+                f"{', '.join(wanted)}"
             )
         ends = (self.test, 1 - self.validation, 1)
         test, train, validation = _by_interval(cases, self.seed, ends)
@@ -143,7 +180,9 @@ class FoldSplit:
     def __call__(self, cases: Sequence[Case]) -> Split:
         """Split the cases; their order does not matter."""
         if len(cases) < self.folds:
-            raise InputError(f"split: {len(cases)} cases are too few for {self.folds} folds")
+            raise InputError(
+                f"split: {len(cases)} cases with a mask are too few for {self.folds} folds"
+            )
         ends = [(fold + 1) / self.folds for fold in range(self.folds)]
         folds = _by_interval(cases, self.seed, ends)
         test, validation, *train = folds[self.fold :] + folds[: self.fold]

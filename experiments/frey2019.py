@@ -72,8 +72,7 @@ def compare(pair: Pair, predictions: BraTSMasks, data_set: DataSet) -> Compared:
     Raises:
         InputError: A file cannot be used, or the two lie on different grids.
     """
-    labels = predictions.canonical_labels(read_volume(pair.written)[0], pair.case)
-    return compared(labels, pair.written, pair.case, data_set)
+    return compared(pair.written, pair.case, predictions, data_set)
 
 
 def table_1(rows: Rows, regions: Sequence[str]) -> list[dict[str, str]]:

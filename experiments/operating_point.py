@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from errors import InputError
-from files import write_json
+from files import read_json, write_json
 
 PAPER = {"WT": 0.55, "TC": 0.5, "ET": 0.4}
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -39,7 +39,7 @@ class OperatingPoint:
 
     def __post_init__(self) -> None:
         for region, threshold in self.thresholds.items():
-            if not 0 < threshold < 1:
+            if not (isinstance(threshold, int | float) and 0 < threshold < 1):
                 raise InputError(
                     f"thresholds: expected a number between 0 and 1 for {region}, found {threshold}"
                 )
@@ -91,13 +91,13 @@ class OperatingPoint:
         Raises:
             InputError: No such file, or another content.
         """
+        content = read_json(path, "evaluate.py writes such a file, thresholds.json")
         try:
-            content = json.loads(path.read_text())
             point = cls(content["thresholds"], content["least_mm3"])
-            chosen_for = content["chosen_for"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            chosen_for = dict(content["chosen_for"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{path}: expected thresholds as written by evaluate.py, found: {error}"
+                f"{path}: expected thresholds as written by evaluate.py, found others ({error})"
             ) from error
         for key, value in json.loads(json.dumps(dict(networks))).items():
             if chosen_for.get(key) != value:

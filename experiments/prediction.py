@@ -1,7 +1,9 @@
 """Cases in, label maps out: what `predict.py` does, and the first half of `evaluate.py`."""
 
+import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -14,13 +16,13 @@ from rich.progress import Progress
 
 from datamodules.brats import BraTS
 from datamodules.cases import Case, DataSet, compared
-from datamodules.nifti import identify, open_volume, read_volume, write_volume
+from datamodules.nifti import description, identify, open_volume, write_volume
 from datamodules.preprocessing import Preprocessing, Volume, restore
 from datamodules.sampling import Cut, whole
 from errors import InputError
 from experiments.operating_point import OperatingPoint
 from experiments.run import finished_runs
-from files import write_json
+from files import read_json, write_json, written_whole
 from lightning_modules.checkpoint import build, check_unseen, fingerprint, load_ensemble
 from lightning_modules.inference import Ensemble
 from lightning_modules.memory import keep_freed
@@ -28,6 +30,7 @@ from lightning_modules.metrics.regions import dice
 from lightning_modules.pictures import draw_case
 
 SETTINGS_NAME = "predicted_with.json"
+MARK = "predict.py "  # begins the description in the header of a file that `Predictor` has written
 PRECISIONS = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,6 +51,23 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 def label_map(folder: Path, case: str) -> Path:
     """Return the file in a folder of predictions that holds the label map of a case."""
     return folder / f"{case}.nii.gz"
+
+
+def check_output(folder: Path) -> None:
+    """Check that a folder can be made, or is there and can be written to; do neither.
+
+    Raises:
+        InputError: It is a file, lies in one, or cannot be written to.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"output: expected a folder, found a file: {existing}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"output: expected a folder to write to, found one without leave: {existing}"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +117,9 @@ class Predictor:
             )
         flip_axes = (0, 1, 2) if options["flips"] else ()
         ensemble, config = load_ensemble(paths, flip_axes, PRECISIONS[precision])
+        for path, member in zip(paths, ensemble.members, strict=True):
+            if not all(bool(weights.isfinite().all()) for weights in member.parameters()):
+                raise InputError(f"{path}: expected finite weights, found NaN or infinite ones")
         data_set = build(config["data"]["data_set"])
         trained_on: Preprocessing = build(config["data"]["cache"]).preprocessing
         networks = {"checkpoint": [fingerprint(path) for path in paths], "flips": options["flips"]}
@@ -155,23 +178,26 @@ class Predictor:
     def __call__(self, cases: Sequence[Case], output: Path) -> list[str]:
         """Write a label map of every case; print scores where there are masks.
 
-        Cases that are in the output already are left alone. A case that cannot be used does not
-        keep the others from being predicted.
+        Cases that are in the output already are left alone, unless their scans have changed since
+        or other networks have predicted them. A case that cannot be used does not keep the others
+        from being predicted.
 
         Returns:
             The names of those that could not be used.
 
         Raises:
-            InputError: The folder holds what other networks or thresholds have predicted.
+            InputError: The folder holds what other networks or thresholds have predicted, or files
+                of the user's under the names of label maps.
         """
+        check_output(output)
         output.mkdir(parents=True, exist_ok=True)
-        self.claim(output)
+        self.claim(output, cases)
         failed = []
         with Progress() as progress:
             for case in progress.track(cases, description="predicting"):
-                if label_map(output, case.name).exists() and not self.again:
-                    continue
                 try:
+                    if self._is_done(case, output) and not self.again:
+                        continue
                     title = self.predict(case, output)
                 except InputError as error:
                     progress.console.print(f"failed: {error}", markup=False)
@@ -180,21 +206,70 @@ class Predictor:
                     progress.console.print(title, markup=False)
         return failed
 
-    def claim(self, output: Path) -> None:
-        """Write down what the label maps of a folder are made with; refuse a folder of others."""
-        path = output / SETTINGS_NAME
-        settings = {**self.networks, "precision": self.precision, **asdict(self.point)}
-        settings = json.loads(json.dumps(settings | {"file_values": self.data_set.file_values}))
-        # An older version wrote canonical labels and did not say so.
-        canonical = {"file_values": {label: int(label) for label in settings["file_values"]}}
-        found = canonical | json.loads(path.read_text()) if path.exists() else settings
-        if not self.again and found != settings:
-            key = next(key for key in settings if found.get(key) != settings[key])
-            raise InputError(
-                f"{path}: {key} is {found.get(key)} there and {settings[key]} here; give another "
-                "output, or again=true to replace what is there"
-            )
+    def claim(self, output: Path, cases: Sequence[Case]) -> None:
+        """Write down what the label maps of a folder are made with.
+
+        Raises:
+            InputError: The folder holds label maps of other networks or thresholds, and `again` is
+                false; or a file that is no prediction under the name of one.
+        """
+        for path in (path for case in cases for path in self._volumes(case, output)):
+            if path.exists() and not description(path).startswith(MARK):
+                raise InputError(
+                    f"{path}: expected no file, or one that predict.py has written, found another; "
+                    "give another output"
+                )
+        path, settings = output / SETTINGS_NAME, self._settings()
+        if path.exists() and not self.again:
+            advice = "give another output, or again=true to replace what is there"
+            found = read_json(path, advice)
+            for key in {**settings, **found}:
+                if found.get(key) != settings.get(key):
+                    raise InputError(
+                        f"{path}: {key} is {found.get(key)} there and {settings.get(key)} here; "
+                        f"{advice}"
+                    )
         write_json(path, settings)
+
+    def _settings(self) -> dict[str, Any]:
+        """What tells the label maps of these networks from those of others, as JSON."""
+        settings = {**self.networks, "precision": self.precision, **asdict(self.point)}
+        return json.loads(json.dumps(settings | {"file_values": self.data_set.file_values}))
+
+    def _mark(self, case: Case) -> str:
+        """Make the description of what is predicted for a case: a hash of networks and scans.
+
+        It lies in the header of each file, so that no file is ever taken for that of other scans
+        or networks, whenever a process was killed.
+        """
+        digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
+        for modality in self.data_set.modalities:
+            try:
+                with case.images[modality].open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise InputError(
+                    f"{case.images[modality]}: expected a file, found: {error.strerror}"
+                ) from error
+        return MARK + digest.hexdigest()[:32]
+
+    def _volumes(self, case: Case, output: Path) -> list[Path]:
+        """Return the NIfTI files that are written for a case, the label map last."""
+        probabilities = output / f"{case.name}_probabilities.nii.gz"
+        return [*([probabilities] if self.probabilities else []), label_map(output, case.name)]
+
+    def _picture(self, case: Case, output: Path) -> Path:
+        return output / f"{case.name}.png"
+
+    def _is_done(self, case: Case, output: Path) -> bool:
+        """Whether all that is asked for is there, for these scans and by these networks."""
+        if self.pictures and not self._picture(case, output).is_file():
+            return False
+        paths = self._volumes(case, output)
+        if not all(path.is_file() for path in paths):
+            return False
+        mark = self._mark(case)
+        return all(description(path) == mark for path in paths)
 
     def estimate(self, case: Case) -> tuple[Volume, np.ndarray]:
         """Preprocess a case; returns its volume and probabilities (R, X, Y, Z) on its grid."""
@@ -208,11 +283,24 @@ class Predictor:
     def predict(self, case: Case, output: Path) -> str:
         """Predict and write one case; returns its name and scores.
 
+        A mask that cannot be used is left out with a warning: it only takes part in the scores.
+
         Raises:
-            InputError: A file that cannot be used.
+            InputError: A scan that cannot be used.
         """
         regions, data_set = self.data_set.regions, self.data_set
-        volume, estimate = self.estimate(case)
+        mark = self._mark(case)
+        # What is there is of other scans or networks, and must not outlive an error or a kill.
+        for path in (*self._volumes(case, output), self._picture(case, output)):
+            path.unlink(missing_ok=True)
+        try:
+            volume, estimate = self.estimate(case)
+        except InputError as error:
+            if case.mask is None:
+                raise
+            case = replace(case, mask=None)
+            volume, estimate = self.estimate(case)  # fails again if a scan is to blame
+            logging.warning("%s; the case is predicted without its mask", error)
         reference = case.images[data_set.modalities[0]]
         probabilities = restore(estimate, volume.affine, reference)
         voxel_mm3 = float(abs(np.linalg.det(np.asarray(open_volume(reference).affine)[:3, :3])))
@@ -220,11 +308,10 @@ class Predictor:
         found = self.point.masks(
             probabilities, regions, int(brain_mm3 / voxel_mm3), voxel_mm3, case.name
         )
-        if self.probabilities:
-            path = output / f"{case.name}_probabilities.nii.gz"
-            write_volume(path, np.moveaxis(probabilities, 0, -1), reference)
-        written = label_map(output, case.name)
-        write_volume(written, in_files(data_set.to_labels(found), data_set), reference)
+        *others, written = self._volumes(case, output)
+        for path in others:
+            write_volume(path, np.moveaxis(probabilities, 0, -1), reference, mark)
+        write_volume(written, in_files(data_set.to_labels(found), data_set), reference, mark)
 
         thresholds = np.array([self.point.thresholds[region] for region in regions])
         title = case.name
@@ -239,7 +326,8 @@ class Predictor:
             }
             scan = volume.image[len(data_set.modalities) - 1]  # extras are stacked behind it
             figure = draw_case(scan.astype("float32"), rows, title)
-            figure.savefig(output / f"{case.name}.png", dpi=80)
+            with written_whole(self._picture(case, output)) as partial:
+                figure.savefig(partial, dpi=80)
         return title
 
 
@@ -249,6 +337,7 @@ def predict_folder(options: Mapping[str, Any]) -> None:
     Raises:
         InputError: Options or cases that cannot be used.
     """
+    check_output(Path(options["output"]))
     predictor = Predictor.from_options(options)
     predictor = predictor.in_folder(Path(options["input"]), options["et_label"])
     cases = predictor.data_set.cases()
@@ -282,8 +371,7 @@ def in_files(labels: np.ndarray, data_set: DataSet) -> np.ndarray:
 
 def dice_of_file(written: Path, case: Case, data_set: DataSet) -> str:
     """Dice of each region of a predicted label map, on the grid that it is stored on."""
-    labels = data_set.canonical_labels(read_volume(written)[0], case)
-    both = compared(labels, written, case, data_set)
+    both = compared(written, case, data_set, data_set)
     prediction, truth = (torch.from_numpy(masks)[None] for masks in (both.prediction, both.truth))
     nothing_outside = torch.zeros(truth.shape[:2], dtype=torch.int64)
     scores = dice(prediction, truth, nothing_outside)[0].tolist()

@@ -26,7 +26,13 @@ def test_every_kind_of_command_is_known():
     assert SWEEP in COMMANDS
     for command in COMMANDS:
         assert command.startswith(
-            ("make ", *(f"python {script}" for script in ("train", "predict", "evaluate", "-m ")))
+            (
+                "make ",
+                *(
+                    f"python {script}"
+                    for script in ("doctor", "train", "predict", "evaluate", "-m ")
+                ),
+            )
         )
 
 

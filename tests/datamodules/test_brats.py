@@ -111,6 +111,24 @@ def test_grades_of_2020_come_from_the_table(tmp_path, table):
     assert [case.grade for case in BraTS(tmp_path).cases()] == ["LGG", "HGG", ""]
 
 
+def test_a_table_that_is_no_text_is_named(tmp_path):
+    make_files(tmp_path / "A", "A")
+    (tmp_path / "name_mapping.csv").write_bytes("Grade,Größe\n".encode("utf-16"))
+    with fails(f"{tmp_path}/name_mapping.csv: expected a CSV file in UTF-8, found: .*"):
+        BraTS(tmp_path).cases()
+
+
+def test_what_is_wrong_with_some_cases_is_said_beside_the_others(tmp_path):
+    for name, without in (("A", ()), ("B", ("t1",)), ("C", ()), ("D", ("flair",))):
+        make_files(tmp_path / name, name, without=without)
+    cases, errors = BraTS(tmp_path).survey()
+    assert [case.name for case in cases] == ["A", "C"]
+    assert [re.search("case . has no [a-z0-9]+", str(error))[0] for error in errors] == [
+        "case B has no t1",
+        "case D has no flair",
+    ]
+
+
 def test_a_table_without_grades_is_no_error(tmp_path):
     make_files(tmp_path / "BraTS20_Validation_001", "BraTS20_Validation_001", without=("mask",))
     (tmp_path / "name_mapping_validation_data.csv").write_text(

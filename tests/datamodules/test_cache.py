@@ -131,6 +131,17 @@ def test_complete_cases_are_not_touched_and_changed_ones_are_rebuilt(tmp_path, d
     np.testing.assert_array_equal(before, Preprocessing(1, "brain")(cases[2], data_set).image)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"sources": {}}', None])
+def test_a_damaged_description_is_made_anew(tmp_path, data_set, content):
+    cache = Cache(tmp_path / "cache", 1, "brain")
+    (case,) = cache.build(data_set.cases()[:1], data_set)
+    facts = (case.folder / "case.json").read_text()
+    damaged = facts.replace('"affine": [', '"affine": [7, ') if content is None else content
+    (case.folder / "case.json").write_text(damaged)
+    cache.build(data_set.cases()[:1], data_set)
+    assert (case.folder / "case.json").read_text() == facts
+
+
 def test_a_mask_that_appears_or_goes_is_a_change(tmp_path, data_set):
     cache = Cache(tmp_path / "cache", 1, "brain")
     assert cache.build(data_set.cases(), data_set)[0].lesion.size > 0

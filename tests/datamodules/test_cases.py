@@ -9,7 +9,7 @@ import pytest
 from datamodules.brats import BraTS
 from datamodules.cases import Case, check_choice, compared
 from errors import InputError
-from tests.conftest import ROOT, affine_of, make_arrays, write_case
+from tests.conftest import ROOT, affine_of, make_arrays, write_case, write_image
 
 
 @pytest.mark.parametrize("chosen", [["a"], ["b", "a"], ("a", "b", "c")])
@@ -30,22 +30,53 @@ def test_a_prediction_is_compared_on_the_grid_of_the_mask(tmp_path):
     write_case(tmp_path / "A", images, labels, affine, prefix="A_")
     data_set = BraTS(tmp_path)
     (case,) = data_set.cases()
-    ras = labels[::-1, ::-1]
-    predicted = np.roll(ras, 1, axis=0)
+    predicted = np.roll(labels, 1, axis=0)
+    written = write_image(tmp_path / "p.nii.gz", predicted, affine)
 
-    both = compared(predicted, tmp_path / "p.nii.gz", case, data_set)
-    for masks, expected in ((both.prediction, predicted), (both.truth, ras)):
+    both = compared(written, case, data_set, data_set)
+    for masks, on_disk in ((both.prediction, predicted), (both.truth, labels)):
+        expected = on_disk[::-1, ::-1]
         np.testing.assert_array_equal(
             masks, [expected > 0, np.isin(expected, (1, 4)), expected == 4]
         )
     assert both.spacing_mm == (1, 2, 3)
     np.testing.assert_array_equal(np.diag(both.affine), [1, 2, 3, 1])
 
-    message = rf"^{tmp_path}/p.nii: expected the grid of {case.mask}, found \(19, 24, 16\) beside"
-    with pytest.raises(InputError, match=message):
-        compared(predicted[1:], tmp_path / "p.nii", case, data_set)
-    with pytest.raises(InputError, match=f"^B: expected a mask to compare {tmp_path} with"):
-        compared(predicted, tmp_path, Case("B", {}, None), data_set)
+
+@pytest.mark.parametrize(
+    ("voxels", "axes", "spacing_mm", "origin_mm", "message"),
+    [
+        (slice(1, None), "LPS", (1, 2, 3), (-40, 13, 7), "found 19 x 24 x 16 voxels beside 20 x"),
+        (slice(None), "LPS", (1, 2, 3), (10, 13, 7), "found .* shifted by 50, 0, 0 mm"),
+        (slice(None), "LPS", (3, 3, 3), (-40, 13, 7), "found .* voxels of 3 x 3 x 3 beside 1 x"),
+        (slice(None), "RAS", (1, 2, 3), (-40, 13, 7), "found .* axes RAS beside LPS"),
+    ],
+)
+def test_a_prediction_elsewhere_is_not_scored(
+    tmp_path, voxels, axes, spacing_mm, origin_mm, message
+):
+    images, labels, _ = make_arrays()
+    write_case(tmp_path / "A", images, labels, affine_of("LPS", (1, 2, 3)), prefix="A_")
+    data_set = BraTS(tmp_path)
+    (case,) = data_set.cases()
+    written = tmp_path / "p.nii.gz"
+    write_image(written, labels[voxels], affine_of(axes, spacing_mm, origin_mm))
+    with pytest.raises(
+        InputError, match=f"^{written}: expected the grid of {case.mask}, {message}"
+    ):
+        compared(written, case, data_set, data_set)
+
+
+def test_the_file_with_the_wrong_label_is_blamed(tmp_path):
+    images, labels, _ = make_arrays()
+    write_case(tmp_path / "A", images, labels, prefix="A_")
+    data_set = BraTS(tmp_path)
+    (case,) = data_set.cases()
+    written = write_image(tmp_path / "p.nii.gz", np.where(labels == 2, 9, labels).astype(np.uint8))
+    with pytest.raises(InputError, match=f"^{written}: found label 9"):
+        compared(written, case, data_set, data_set)
+    with pytest.raises(InputError, match=f"^B: expected a mask to compare {written} with"):
+        compared(written, Case("B", {}, None), data_set, data_set)
 
 
 def test_importing_is_light():

@@ -1,10 +1,22 @@
 """Reading and writing of single NIfTI files."""
 
+import gzip
+import tracemalloc
+
 import nibabel as nib
 import numpy as np
 import pytest
 
-from datamodules.nifti import PATIENT, identify, open_volume, read_volume, write_volume
+from datamodules.nifti import (
+    PATIENT,
+    check_same_grid,
+    description,
+    has_orientation,
+    identify,
+    open_volume,
+    read_volume,
+    write_volume,
+)
 from errors import InputError
 from tests.conftest import affine_of, write_image
 
@@ -65,6 +77,66 @@ def test_a_volume_that_cannot_be_used_is_named(tmp_path, voxels, affine, message
         read_volume(path)
 
 
+def test_a_wrong_checksum_is_named(tmp_path):
+    """One bit of the checksum, which stands behind all that nibabel reads."""
+    noise = np.random.default_rng(0).standard_normal((30, 30, 30))
+    path = write_image(tmp_path / "a.nii.gz", noise)
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{path}: expected a readable NIfTI file, found: CRC"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("size", [30000, 1000])
+def test_a_header_larger_than_its_file_takes_no_memory(tmp_path, ending, size):
+    image = nib.Nifti1Image(np.zeros((2, 3, 4), np.int16), np.eye(4))
+    raw = bytearray(image.to_bytes())
+    raw[42:48] = np.array([size] * 3, np.int16).tobytes()
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(bytes(raw)) if ending == ".nii.gz" else bytes(raw))
+    tracemalloc.start()
+    with pytest.raises(InputError, match=f"^{path}: .* a header of {size} x {size} x {size}"):
+        read_volume(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_complex_voxels_are_named(tmp_path):
+    path = write_image(tmp_path / "a.nii.gz", np.full((2, 3, 4), 1 + 2j, np.complex64))
+    with pytest.raises(InputError, match=f"^{path}: expected real numbers .*, found complex64$"):
+        read_volume(path)
+
+
+def test_a_header_without_axes_is_told_from_one_with_them(tmp_path):
+    path = write_image(tmp_path / "a.nii", np.zeros((2, 3, 4), np.int16))
+    assert has_orientation(path)
+    raw = bytearray(path.read_bytes())
+    raw[252:256] = bytes(4)
+    path.write_bytes(raw)
+    assert not has_orientation(path)
+
+
+@pytest.mark.parametrize(
+    ("affine", "found"),
+    [
+        (affine_of("LPS", (1, 1, 1), (50, 0, 0)), r"an origin shifted by 50, 0, 0 mm"),
+        (affine_of("LPS", (3, 3, 3), (0, 0, 0)), r"voxels of 3 x 3 x 3 beside 1 x 1 x 1 mm.*"),
+        (np.eye(4), r"axes RAS beside LPS, an origin shifted by 8, 9, 0 mm"),
+    ],
+)
+def test_another_grid_is_described(tmp_path, affine, found):
+    voxels = np.zeros((9, 10, 11), np.uint8)
+    first = write_image(tmp_path / "a.nii", voxels, affine_of("LPS", (1, 1, 1), (0, 0, 0)))
+    other = write_image(tmp_path / "b.nii", voxels, affine)
+    volumes = [read_volume(path) for path in (first, other)]
+    with pytest.raises(InputError, match=rf"^{other}: expected the grid of {first}, .*: {found}$"):
+        check_same_grid(
+            [first, other], [voxels.shape for voxels, _ in volumes], [a for _, a in volumes]
+        )
+
+
 def test_a_colour_image_is_named(tmp_path):
     colour = np.zeros((2, 3, 4), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
     path = write_image(tmp_path / "a.nii.gz", colour)
@@ -96,9 +168,10 @@ def test_other_content_and_no_file_are_named(tmp_path):
 def test_a_written_volume_lies_on_the_grid_of_its_reference(tmp_path, axes, trailing):
     reference = write_image(tmp_path / "a.nii.gz", np.ones((5, 6, 7)), affine_of(axes, (1.5, 2, 3)))
     voxels = np.random.default_rng(0).integers(0, 5, (5, 6, 7, *trailing)).astype(np.uint8)
-    write_volume(tmp_path / "b.nii.gz", voxels, reference)
+    write_volume(tmp_path / "b.nii.gz", voxels, reference, "labels")
     written = nib.load(tmp_path / "b.nii.gz")
     assert written.get_data_dtype() == np.uint8
+    assert description(tmp_path / "b.nii.gz") == "labels"
     np.testing.assert_array_equal(np.asarray(written.dataobj), voxels)
     np.testing.assert_array_equal(written.affine, nib.load(reference).affine)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz"]
@@ -125,9 +198,9 @@ def test_a_scan_is_told_by_its_voxels_alone(tmp_path):
 
 def test_a_patient_in_the_header_is_an_identity_of_its_own(tmp_path):
     found = {}
-    for name, description, side in (("a", "patient 7", 4), ("b", "patient 7", 8), ("c", "SPM", 8)):
+    for name, described, side in (("a", "patient 7", 4), ("b", "patient 7", 8), ("c", "SPM", 8)):
         image = nib.Nifti1Image(np.full((side,) * 3, ord(name), np.int16), np.eye(4))
-        image.header["descrip"] = description
+        image.header["descrip"] = described
         nib.save(image, tmp_path / f"{name}.nii")
         found[name] = identify(tmp_path / f"{name}.nii")
     assert set(found["a"]) & set(found["b"]) == {f"{PATIENT}7"}

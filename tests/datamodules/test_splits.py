@@ -1,6 +1,8 @@
 """Splits: partitions, what moves a case and what does not, folds, the file that keeps them."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from datamodules.splits import (
     FoldSplit,
     FractionSplit,
     Split,
+    check_distinct,
     read_names,
+    with_masks,
 )
 from errors import InputError
 
@@ -174,17 +178,33 @@ def test_every_case_is_tested_once_and_validated_once_over_the_folds(seed):
         (
             lambda: FractionSplit(0.2, 0.2, 0),
             2,
-            "2 cases are too few for one of each of train, validation, test",
+            "2 cases with a mask are too few for one of each of train, validation, test",
         ),
-        (lambda: FractionSplit(0, 0, 0), 0, "0 cases are too few .*"),
+        (lambda: FractionSplit(0, 0, 0), 0, "0 cases with a mask are too few .*"),
         (lambda: FoldSplit(2, 0, 0), 9, r".*expected folds >= 3 .*found folds=2, fold=0"),
         (lambda: FoldSplit(5, 5, 0), 9, r".*found folds=5, fold=5"),
-        (lambda: FoldSplit(5, 0, 0), 4, "4 cases are too few for 5 folds"),
+        (lambda: FoldSplit(5, 0, 0), 4, "4 cases with a mask are too few for 5 folds"),
     ],
 )
 def test_what_cannot_be_split_is_said(split, count, message):
     with pytest.raises(InputError, match=f"^split: {message}$"):
         split()(make_cases(none=count))
+
+
+def test_masks_that_are_missing_are_said_to_be_missing():
+    cases = [Case(f"c{n}", {"t1": Path(f"folder/c{n}_t1.nii")}, None) for n in range(3)]
+    with pytest.raises(InputError, match=r"^folder: expected masks .*, found none of 3 cases"):
+        with_masks(cases)
+    masked = replace(cases[1], mask=Path("m.nii"))
+    assert with_masks([cases[0], masked]) == [masked]
+
+
+def test_one_patient_is_in_one_part():
+    a, b, c = (Case(name, {"t1": Path(f"{name}.nii")}, None) for name in "abc")
+    split = Split([a, b], [c], [])
+    check_distinct(split, {a.name: ["1"], b.name: ["1"], c.name: ["2"]})  # twice in one part
+    with pytest.raises(InputError, match=r"^c.nii: .*found c \(validation\) .* b \(train\)"):
+        check_distinct(split, {a.name: ["1"], b.name: ["2", "7"], c.name: ["7"]})
 
 
 def test_a_written_split_is_read_back(tmp_path):
@@ -214,11 +234,11 @@ def test_a_file_may_leave_cases_out(tmp_path):
             "case 'none000' is named 2 times",
         ),
         ('{"train": ["none000"]}', "expected .*train, validation, test, found other content"),
-        ('["none000"]', "expected .*, found other content"),
+        ('["none000"]', "expected a JSON object, found .*; a split is "),
         ('{"train": "none000", "validation": [], "test": []}', "expected .*, found other content"),
         ('{"train": [0], "validation": [], "test": []}', "expected .*, found other content"),
-        ("train", "expected .*, found: Expecting value"),
-        (None, "expected .*, found: .*No such file"),
+        ("train", "expected JSON, found none .*; a split is "),
+        (None, "no such file; a split is .*train, validation, test"),
     ],
 )
 def test_a_split_file_that_does_not_fit_is_named(tmp_path, content, message):

@@ -1,5 +1,6 @@
 """From new cases to label maps on their own grid, with pictures; and what cannot be predicted."""
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from PIL import Image
 import train
 from datamodules.brats import BraTS
 from datamodules.cases import Case
+from datamodules.nifti import description
 from errors import InputError
-from experiments.prediction import SETTINGS_NAME, Predictor, predict_folder
-from tests.conftest import ROOT, write_brats
+from experiments import prediction
+from experiments.prediction import MARK, SETTINGS_NAME, Predictor, predict_folder
+from tests.conftest import ROOT, write_brats, write_image
 
 Compose = Callable[..., DictConfig]
 
@@ -173,6 +176,134 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(
 
 
 @pytest.mark.process
+def test_other_scans_of_the_same_names_are_predicted_anew(bright: Path, tmp_path: Path):
+    """Files that are only touched are not."""
+    new, out = write_brats(tmp_path / "new", cases=2), tmp_path / "out"
+    predict(bright, new, out, pictures=False)
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+    for path in new.rglob("*.nii.gz"):
+        path.touch()
+    first, second = sorted(new.iterdir())
+    for kind in ("t1", "t1ce", "t2", "flair"):
+        scan = nib.load(second / f"{second.name}_{kind}.nii.gz")
+        moved = np.flip(np.asanyarray(scan.dataobj), 0)
+        nib.save(nib.Nifti1Image(moved, scan.affine), second / f"{second.name}_{kind}.nii.gz")
+    (second / f"{second.name}_seg.nii.gz").unlink()
+    before = np.asanyarray(nib.load(out / f"{second.name}.nii.gz").dataobj)
+    predict(bright, new, out, pictures=False)
+    kept, changed = (out / f"{case.name}.nii.gz" for case in (first, second))
+    assert kept.stat().st_mtime_ns == stamps[kept]
+    np.testing.assert_array_equal(np.asanyarray(nib.load(changed).dataobj), np.flip(before, 0))
+
+    flair = second / f"{second.name}_flair.nii.gz"
+    flair.write_bytes(flair.read_bytes()[:99])
+    assert predict(bright, new, out, pictures=False) == [second.name]
+    assert not changed.exists()  # a map of other scans must not be taken for theirs
+
+
+@pytest.mark.process
+def test_again_that_was_interrupted_leaves_no_maps_of_other_networks(
+    bright: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    new, out = write_brats(tmp_path / "new", cases=3), tmp_path / "out"
+    predict(bright, new, out, pictures=False, thresholds=0.5)
+    old = {path.name: description(path) for path in out.glob("*.nii.gz")}
+    whole = Predictor.predict
+
+    def predict_first(predictor: Predictor, case: Case, output: Path) -> str:
+        if case.name.endswith("1"):
+            raise KeyboardInterrupt
+        return whole(predictor, case, output)
+
+    monkeypatch.setattr(Predictor, "predict", predict_first)
+    with pytest.raises(KeyboardInterrupt):
+        predict(bright, new, out, pictures=False, thresholds=0.4, again=True)
+    monkeypatch.setattr(Predictor, "predict", whole)
+    predict(bright, new, out, pictures=False, thresholds=0.4)
+    for path in out.glob("*.nii.gz"):
+        assert description(path).startswith(MARK)
+        assert description(path) != old[path.name]
+
+
+@pytest.mark.process
+def test_files_of_the_user_are_neither_kept_nor_replaced(bright: Path, tmp_path: Path):
+    new, out = write_brats(tmp_path / "new", cases=2), tmp_path / "out"
+    own = write_image(out / "BraTS2021_00001.nii.gz", np.ones((3, 4, 5), np.uint8))
+    content = own.read_bytes()
+    for again in (False, True):
+        with pytest.raises(InputError, match=f"^{own}: expected no file, or one that predict.py"):
+            predict(bright, new, out, pictures=False, again=again)
+    assert own.read_bytes() == content
+    assert [path.name for path in out.iterdir()] == [own.name]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("damage", ["label", "grid", "file"])
+def test_a_mask_that_cannot_be_used_does_not_keep_its_scan_from_being_predicted(
+    bright: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+):
+    new, out = write_brats(tmp_path / "new", cases=2), tmp_path / "out"
+    mask = new / "BraTS2021_00000" / "BraTS2021_00000_seg.nii.gz"
+    expected = np.asanyarray(nib.load(mask).dataobj) > 0
+    if damage == "file":
+        mask.write_bytes(b"broken")
+    else:
+        labels = np.full(expected.shape, 9 if damage == "label" else 1, np.uint8)
+        write_image(mask, labels, np.diag([1.0, 1, 1 if damage == "label" else 2, 1]))
+    assert predict(bright, new, out) == []
+    found = np.asanyarray(nib.load(out / "BraTS2021_00000.nii.gz").dataobj) > 0
+    np.testing.assert_array_equal(found, expected)
+    assert f"{mask}: " in caplog.text
+    assert "predicted without its mask" in caplog.text
+
+
+@pytest.mark.process
+def test_a_header_that_is_too_large_does_not_end_the_batch(bright: Path, tmp_path: Path):
+    new, out = write_brats(tmp_path / "new", cases=2), tmp_path / "out"
+    path = new / "BraTS2021_00000" / "BraTS2021_00000_t1.nii.gz"
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[42:48] = np.array([30000] * 3, np.int16).tobytes()
+    path.write_bytes(gzip.compress(bytes(raw)))
+    assert predict(bright, new, out, pictures=False) == ["BraTS2021_00000"]
+    assert (out / "BraTS2021_00001.nii.gz").is_file()
+
+
+@pytest.mark.process
+def test_weights_that_are_no_numbers_are_refused(bright: Path, monkeypatch: pytest.MonkeyPatch):
+    def poisoned(*arguments: object) -> tuple:
+        ensemble, config = load_ensemble(*arguments)
+        next(ensemble.members[0].parameters()).data.fill_(float("nan"))
+        return ensemble, config
+
+    load_ensemble = prediction.load_ensemble
+    monkeypatch.setattr(prediction, "load_ensemble", poisoned)
+    with pytest.raises(InputError, match=f"^{bright}: expected finite weights, found NaN"):
+        Predictor.from_options(options(checkpoint=str(bright)))
+
+
+@pytest.mark.parametrize("inside", [".", "below"])
+def test_an_output_that_is_a_file_is_named_before_anything_is_read(tmp_path: Path, inside: str):
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(InputError, match=f"^output: expected a folder, found a file: {path}$"):
+        predict_folder(options(checkpoint="none", input=tmp_path, output=path / inside))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("content", ["", "[]", '{"flips": 1', "\udcff"])
+def test_settings_that_are_damaged_are_named_and_replaced_on_demand(
+    bright: Path, tmp_path: Path, content: str
+):
+    new, out = write_brats(tmp_path / "new", cases=1), tmp_path / "out"
+    out.mkdir()
+    (out / SETTINGS_NAME).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=rf"{SETTINGS_NAME}: expected .* again=true to replace"):
+        predict(bright, new, out, pictures=False)
+    predict(bright, new, out, pictures=False, again=True)
+    assert (out / "BraTS2021_00000.nii.gz").is_file()
+
+
+@pytest.mark.process
 def test_after_a_case_that_fails_the_others_follow(
     bright: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -204,7 +335,8 @@ def test_probabilities_lie_on_the_grid_of_the_case(bright: Path, tmp_path: Path)
     [
         ({"WT": 0.5}, "found none for TC, ET"),
         ({"WT": 0.5, "TC": 2, "ET": 0.5}, "expected a number between 0 and 1 for TC, found 2"),
-        ("nowhere.json", "nowhere.json: expected thresholds as written by evaluate.py"),
+        ({"WT": "x"}, "expected a number between 0 and 1 for WT, found x"),
+        ("nowhere.json", "nowhere.json: no such file; evaluate.py writes"),
     ],
 )
 def test_thresholds_that_cannot_be_used(

@@ -1,0 +1,28 @@
+"""Examine a data set before training on it, or scans to segment; see conf/doctor.yaml."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.command import command, job
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="doctor")
+def main(config: DictConfig) -> None:
+    with job():
+        from experiments.doctor import report  # heavy: not for a typo or `--help`
+
+        data_set = instantiate(config.data.data_set, _convert_="all")
+        if not report(data_set, config.workers, config.json):
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv):  # Hydra takes seconds to say the same
+        print(OmegaConf.load(Path(__file__).parent / "conf/doctor.yaml").hydra.help.template)
+    else:
+        with command():
+            main()

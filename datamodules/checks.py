@@ -87,11 +87,12 @@ class Coarse(NamedTuple):
         return self.brain if self.labels is None else self.brain & (self.labels == 0)
 
     def means(self, modality: str) -> dict[int, float]:
-        """Mean z-score of an image in each label that has enough voxels; z-scores of healthy."""
+        """Mean z-score of an image in each label with enough voxels, by the unlabelled brain."""
         if self.labels is None or modality not in self.images:
             return {}
         image, healthy = self.images[modality], self.images[modality][self.healthy]
-        if not healthy.size or not (deviation := float(healthy.std(dtype=np.float64))):
+        deviation = float(healthy.std(dtype=np.float64)) if healthy.size >= LEAST_VOXELS else 0
+        if not deviation:
             return {}
         inside = {label: image[self.labels == label] for label in (NECROSIS, OEDEMA, ENHANCING)}
         return {

@@ -83,7 +83,7 @@ def shift_header(files: Files, kind: str, scale: float, shift_mm: float) -> None
 
 def with_skull(image: np.ndarray) -> np.ndarray:
     """Put two voxels of dark bone and two of bright scalp around a brain."""
-    distance = ndimage.distance_transform_edt(image == 0)
+    distance = np.asarray(ndimage.distance_transform_edt(image == 0))
     bright = int(np.median(image[image > 0]))
     image[(distance > 0) & (distance <= 2)] = bright // 10
     image[(distance > 2) & (distance <= 4)] = bright

@@ -91,7 +91,7 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     import pytorch_lightning as pl
 
     from experiments.training import fit_and_test, prepare_process
-    from lightning_modules.callbacks import SaveConfig, SaveSeenCases
+    from lightning_modules.callbacks import RememberStop, SaveConfig, SaveSeenCases
     from lightning_modules.checkpoint import check_same_network, first_readable
     from lightning_modules.constructors import check_constructors
 
@@ -101,9 +101,10 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     pl.seed_everything(config.seed, workers=True)
     build = partial(instantiate, _convert_="all")  # plain lists and dicts from here on
     module, datamodule, trainer = build(config.module), build(config.data), build(config.trainer)
-    trainer.callbacks += [SaveConfig(plain), SaveSeenCases()]
     latest = None if config.again else first_readable([folder.last, folder.best])
     resume = latest or config.resume
+    own = RememberStop(is_same_run=latest is not None)
+    trainer.callbacks += [SaveConfig(plain), SaveSeenCases(), own]
     if resume is not None:
         check_same_network(resume, plain["model"])
     return fit_and_test(module, datamodule, trainer, folder, plain, resume, anew=config.again)

@@ -23,8 +23,7 @@ class Results:
     Attributes:
         run: Name of the run, and of its folder.
         choices: The option of each group that was chosen.
-        metrics: Validation and test scores of the best checkpoint; the last value of all else that
-            was logged.
+        metrics: Validation and test scores of the best checkpoint.
         cost: Predicted cost of the network.
         epochs: Epochs trained, over all resumptions.
         fit_s: Time of training in this process.

@@ -363,44 +363,6 @@ def test_a_runs_folder_holds_the_files_that_its_class_names(composed: Compose, t
     assert written - {path.name for path in (*named, run.pictures)} == {"csv", ".claim"}
 
 
-class DieWhen(pl.Callback):
-    """A machine that dies while the run is tested."""
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        raise ConnectionAbortedError("power is out")
-
-
-@pytest.mark.parametrize(
-    "stop",
-    [
-        ["trainer.max_epochs=2"],
-        # The first validation is the best there will be, so that training stops at the second.
-        ["trainer.max_epochs=9", "callbacks.early_stopping.patience=1", "optimizer.lr=0"],
-    ],
-    ids=["at the last epoch", "early"],
-)
-def test_a_run_that_dies_while_it_is_tested_is_only_tested_when_it_starts_again(
-    composed: Compose, tiny: list[str], tmp_path: Path, stop: list[str]
-):
-    common = [*tiny, "logger=csv", "trainer.check_val_every_n_epoch=1", *stop]
-    train.train(composed(*common, f"run_dir={tmp_path}/whole"))
-    folder = tmp_path / "broken"
-    with pytest.raises(ConnectionAbortedError):
-        train.train(
-            composed(
-                *common, f"run_dir={folder}", "+callbacks.die._target_=tests.test_train.DieWhen"
-            )
-        )
-    written = (folder / "last.ckpt").stat().st_mtime_ns
-    train.train(composed(*common, f"run_dir={folder}"))
-    assert (folder / "last.ckpt").stat().st_mtime_ns == written
-    whole, broken = (
-        json.loads((path / "results.json").read_text()) for path in (tmp_path / "whole", folder)
-    )
-    assert broken["epochs"] == whole["epochs"] == 2
-    assert broken["metrics"] == whole["metrics"]
-
-
 def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(
     composed: Compose, tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

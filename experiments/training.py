@@ -98,7 +98,8 @@ def fit_and_test(
             logger.log_hyperparams(config)
         with watch("fit"):
             trainer.fit(module, datamodule, ckpt_path=resume)
-        epochs = trainer.current_epoch
+        # Training that had stopped before this process began counts too.
+        epochs = trainer.fit_loop.epoch_progress.current.processed
         metrics: dict[str, Tensor] = {}
         with watch("test"):
             # The last validation was of the last weights: its scores would stand beside the test

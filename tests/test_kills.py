@@ -99,21 +99,25 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["", "again"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("moment", MOMENTS)
+LATE = MOMENTS[3:]  # when a run that stops early may have stopped
+CASES = [
+    *[("to the last epoch", moment, False) for moment in MOMENTS],
+    *[("stops early", moment, False) for moment in LATE],
+    *[("to the last epoch", moment, True) for moment in ("on_train_batch_end", "on_test_start")],
+]
+
+
+@pytest.mark.parametrize(("kind", "moment", "again"), CASES)
 def test_killed_at(
     composed: Compose,
     tiny: list[str],
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     wholes: dict[str, Path],
-    moment: str,
     kind: str,
+    moment: str,
     again: bool,
 ) -> None:
-    if again and (kind != "to the last epoch" or moment == "on_save_checkpoint"):
-        pytest.skip("as the others")
     common = [*tiny, "logger=csv", "trainer.check_val_every_n_epoch=1", *KINDS[kind]]
     if kind not in wholes:
         wholes[kind] = tmp_path_factory.mktemp("whole")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import resource
 import shutil
 import signal
 import subprocess
@@ -423,3 +424,27 @@ def test_half_a_checkpoint_never_takes_the_place_of_a_whole_one(
             checkpoint.read(last)
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("limit", "file"), [(2**15, "data/cache/"), (2**20, ".ckpt")], ids=["cache", "checkpoint"]
+)
+def test_a_full_disk_is_one_line_and_the_command_goes_on_when_there_is_room(
+    composed: Compose, tiny: list[str], tmp_path: Path, limit: int, file: str
+):
+    """The limit is on the size of a file instead: a disk of a few kB takes root to make."""
+    overrides = [o for o in tiny if not o.startswith(("run_dir", "data.cache.root"))]
+    overrides += ["logger=csv", f"data.cache.root={tmp_path}/data/cache"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *overrides, f"hydra.run.dir={tmp_path}/run"],
+        cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "no room on the disk" in line)
+    assert file in line
+    train.train(composed(*overrides, f"run_dir={tmp_path}/run"))
+    train.train(composed(*overrides, f"run_dir={tmp_path}/whole"))
+    for name, tensor in weights_of(tmp_path / "run/last.ckpt").items():
+        assert torch.equal(tensor, weights_of(tmp_path / "whole/last.ckpt")[name]), name

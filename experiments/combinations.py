@@ -56,12 +56,10 @@ def check_regions(config: Plain) -> None:
     regions = _get(config, "data.data_set.regions")
     if regions is None:
         return
-    listed = ", ".join(regions) or "none"
+    listed = ", ".join(regions)
     known = REGIONS.get(_class(config, "data.data_set"), regions)
-    if not regions or not set(regions) <= set(known):
+    if not set(regions) <= set(known):
         refuse("data.data_set.regions", f"some of {', '.join(known)}", regions)
-    if not _get(config, "data.data_set.modalities"):
-        refuse("data.data_set.modalities", "one or more", [])
     channels = _get(config, "model.out_channels", len(regions))
     if channels != len(regions):
         refuse(
@@ -84,7 +82,7 @@ def check_patches(config: Plain) -> None:
     """Check that a network can take the patches, and that patches fill the batches."""
     size = _get(config, "patches.size")
     depth, halo = _get(config, "model.depth"), _get(config, "geometry.halo", 0)
-    if size is not None and depth is not None:
+    if size is not None and depth is not None and _class(config, "model") == "AEUNet":
         divisor = 2 ** (depth - 1)
         if any(side % divisor for side in _triple(size)):
             refuse("patches.size", f"sides divisible by {divisor}, as {depth} levels need", size)
@@ -234,8 +232,8 @@ def check_writable(key: str, folder: Path) -> None:
 CHECKS = (
     check_split,
     check_regions,
-    check_patches,
     check_parts,
+    check_patches,
     check_scores,
     check_trainer,
     check_folders,

@@ -105,9 +105,9 @@ def is_users(error: BaseException) -> bool:
     if isinstance(error, InstantiationException):  # a constructor failed
         cause = error.__cause__
         return isinstance(cause, ValueError) or type(cause).__name__ == LIGHTNING_ERROR
-    if isinstance(error, OSError):
-        return error.errno in FOLDER_ERRORS and error.filename is not None
-    return isinstance(error, USER_ERRORS) or type(error).__name__ == LIGHTNING_ERROR
+    if isinstance(error, USER_ERRORS) or type(error).__name__ == LIGHTNING_ERROR:
+        return True
+    return isinstance(error, OSError) and error.errno in FOLDER_ERRORS and bool(error.filename)
 
 
 def end(line: str, code: int) -> None:
@@ -127,7 +127,7 @@ def one_line(error: Exception) -> str:
         if not is_users(error):
             raise error
         return " ".join(str(error.__cause__).split())
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and not isinstance(error, USER_ERRORS):
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
     if group := re.match(r"Could not override '(.+?)'\. No match in the defaults list", text):

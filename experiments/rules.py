@@ -35,7 +35,7 @@ def shown(value: object) -> str:
         line = repr(value)
     else:
         line = " ".join(str(value).split())
-    return line if len(line) <= 80 else f"{line[:77]}..."
+    return line if len(line) <= 200 else f"{line[:197]}..."
 
 
 def is_whole(value: object) -> bool:
@@ -109,12 +109,14 @@ def several(rule: Rule, count: int) -> Rule:
     )
 
 
-def choice(*known: object) -> Rule:
-    """Accept a list of some of the known values, each at most once."""
+def choice(*known: object, least: int = 1) -> Rule:
+    """Accept a list of the known values, at least so many of them, each at most once."""
     return Rule(
-        f"a list of some of {', '.join(map(shown, known))}, each at most once",
+        f"a list of {'one' if least else 'none'} or more of {', '.join(map(shown, known))}, each "
+        "at most once",
         lambda value: (
             isinstance(value, list)
+            and len(value) >= least
             and all(any(item == other for other in known) for item in value)
             and len({repr(item) for item in value}) == len(value)
         ),

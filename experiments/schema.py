@@ -127,7 +127,7 @@ RULES: dict[str, Rule] = {
     "augmentation.scale": rising(positive),
     "augmentation.transform*.scale": rising(positive),
     "augmentation.transform*.shift": rising(number()),
-    "augmentation.transform*.axes": choice(0, 1, 2),
+    "augmentation.transform*.axes": choice(0, 1, 2, least=0),
     "augmentation.transform*.flip_probability": share,
     "augmentation.transform*.modalities": whole(1),
     "augmentation.transform*.copy": flag,
@@ -217,7 +217,7 @@ RULES: dict[str, Rule] = {
     "cases": one_of(*PARTS, "all"),
     "predictions": either(nothing, text),
     "tuned_on": one_of("validation", "train"),
-    "least_volume": choice(*REGIONS["BraTS"], *REGIONS["Metastases"]),
+    "least_volume": choice(*REGIONS["BraTS"], *REGIONS["Metastases"], least=0),
     "convention": Rule(one_of(*CONVENTIONS).expected, lambda value: str(value) in CONVENTIONS),
     "wandb": one_of("online", "offline", "disabled"),
     # Everywhere.
@@ -238,7 +238,6 @@ FREE = (
     "trainer.logger",
     "trainer.plugins",
 )
-REFERENCE = re.compile(r"\$\{[\w.]+\}")  # to another key, whose value is checked there
 
 
 def checked(config: DictConfig) -> DictConfig:
@@ -255,9 +254,24 @@ def checked(config: DictConfig) -> DictConfig:
     """
     raw: Any = OmegaConf.to_container(config)
     raw.pop("hydra", None)
+    check(raw)
+    return DictConfig(raw)
+
+
+def check(raw: Plain) -> None:
+    """Check a configuration whose references are not resolved yet; turn its flags to booleans.
+
+    What the user has typed is checked first, so that a message names the key that was typed, and
+    then what has been computed from it.
+
+    Raises:
+        InputError: See `checked`.
+    """
     computed = set()
     for key, parent, name in leaves(raw):
-        if _refers(parent[name]):
+        if parent[name] == "???":
+            refuse(key, described(key), "nothing")
+        elif _refers(parent[name]):
             computed.add(key)
         else:
             parent[name] = checked_value(key, parent[name])
@@ -265,9 +279,8 @@ def checked(config: DictConfig) -> DictConfig:
     for key, parent, name in leaves(plain):
         if key in computed:
             checked_value(key, parent[name])
-    for check in CHECKS:
-        check(plain)
-    return DictConfig(raw)
+    for check_together in CHECKS:
+        check_together(plain)
 
 
 def resolved(raw: Plain) -> Plain:
@@ -288,12 +301,21 @@ def resolved(raw: Plain) -> Plain:
     return plain
 
 
+def matches(key: str, pattern: str) -> bool:
+    return key == pattern or fnmatchcase(key, pattern)
+
+
 @cache
 def rule_of(key: str) -> Rule | None:
     """Find the rule of a key; None if it has none."""
     if key in RULES:
         return RULES[key]
-    return next((rule for pattern, rule in RULES.items() if fnmatchcase(key, pattern)), None)
+    return next((rule for pattern, rule in RULES.items() if matches(key, pattern)), None)
+
+
+def is_free(key: str) -> bool:
+    """Tell whether a key of conf/ needs no rule."""
+    return any(matches(key, pattern) for pattern in FREE)
 
 
 def described(key: str) -> str:
@@ -322,10 +344,10 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:  # no
 
 
 def _refers(value: object) -> bool:
-    """Tell whether a value, or one in a list, is given by other values, or is still missing."""
+    """Tell whether a value, or one in a list, is given by other values."""
     if isinstance(value, list):
         return any(map(_refers, value))
-    return isinstance(value, str) and ("${" in value or value == "???")
+    return isinstance(value, str) and "${" in value
 
 
 def checked_value(key: str, value: Any) -> Any:  # noqa: ANN401  (whatever YAML can hold)

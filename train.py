@@ -37,12 +37,12 @@ def run_name(*, _root_: DictConfig) -> str:
 
 
 def count(names: ListConfig, extra: int = 0, times: int = 1) -> int:
-    """Channels of a list of names, of a few more beside them, and of copies of all these."""
+    """Count channels: the names of a list and `extra` more, all of them `times` times."""
     return (len(names) + extra) * times
 
 
 def basename(path: str | None) -> str:
-    """The last part of a path; empty for the run's folder as long as there is none (`--cfg`)."""
+    """Return the last part of a path; empty as long as a run has no folder, as with `--cfg`."""
     return os.path.basename(path or "")
 
 

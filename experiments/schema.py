@@ -60,7 +60,7 @@ sides = Rule(
     either(whole(1), several(whole(1), 3)).accepts,
 )
 batches = Rule(  # as Lightning counts them
-    "a whole number from 0 on, or a share below 1",
+    "a whole number from 0 on, or a share such as 0.5",
     lambda value: whole(0).accepts(value) or (isinstance(value, float) and share.accepts(value)),
 )
 checkpoint_or_null = Rule("a checkpoint or null", either(nothing, text).accepts)

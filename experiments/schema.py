@@ -253,16 +253,20 @@ def checked(config: DictConfig) -> DictConfig:
         InputError: A value is not what its key expects, or two values do not go together.
     """
     raw: Any = OmegaConf.to_container(config)
-    raw.pop("hydra", None)
-    check(raw)
+    hydra = raw.pop("hydra", None)
+    check(raw, {"choices": hydra["runtime"]["choices"]} if hydra else {})
     return DictConfig(raw)
 
 
-def check(raw: Plain) -> None:
+def check(raw: Plain, known: Plain | None = None) -> None:
     """Check a configuration whose references are not resolved yet; turn its flags to booleans.
 
     What the user has typed is checked first, so that a message names the key that was typed, and
     then what has been computed from it.
+
+    Args:
+        raw: The configuration.
+        known: Nodes that take the place of those of `raw` when references are resolved.
 
     Raises:
         InputError: See `checked`.
@@ -275,7 +279,7 @@ def check(raw: Plain) -> None:
             computed.add(key)
         else:
             parent[name] = checked_value(key, parent[name])
-    plain = resolved(raw)
+    plain = resolved({**raw, **(known or {})})
     for key, parent, name in leaves(plain):
         if key in computed:
             checked_value(key, parent[name])

@@ -540,7 +540,9 @@ def test_all_constructors_of_conf_take_what_they_are_given():
 
 def test_what_a_run_begins_with_has_to_be_there(tmp_path: Path):
     with pytest.raises(InputError, match=r"data.data_set.root: expected a folder of cases, found"):
-        combinations.check_sources(with_values(composed_once(), "~data.data_set.count"))
+        combinations.check_sources(
+            with_values(composed_once(), "~data.data_set.count", "data.data_set.root=nowhere")
+        )
     config = composed_once("split=file", f"split.path={tmp_path}/split.json")
     with pytest.raises(InputError, match=r"split.path: .*, found nothing at .*split.json"):
         combinations.check_sources(config)

@@ -126,7 +126,8 @@ def show(results: Results, folder: RunFolder) -> None:
     table.add_row(
         "predict", f"python predict.py checkpoint={folder.best} input=FOLDER output=FOLDER"
     )
-    table.add_row("sync", f"wandb sync {folder.path}/wandb/offline-run-*")
+    if any(folder.path.glob("wandb/offline-run-*")):  # logger=csv has none
+        table.add_row("sync", f"wandb sync {folder.path}/wandb/offline-run-*")
     Console().print(table)
 
 

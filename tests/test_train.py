@@ -202,7 +202,10 @@ def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: l
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("patches.size=20", "patch_size: 20x20x20 is not divisible by 8"),
+        (
+            "patches.size=20",
+            "patches.size: expected sides divisible by 8, as 4 levels need, found 20",
+        ),
         ("data.data_set.root=nowhere", "nowhere"),
         ("data.data_set.modalities=[t1,t9]", "t9"),
         ("split.test=0.99", "split"),
@@ -223,7 +226,7 @@ def test_what_cannot_be_used_is_one_line(
 def test_the_line_is_all_that_the_command_prints_of_an_error(tiny: list[str]):
     done = cli(*tiny, "logger=csv", "patches.size=20")
     assert done.returncode == 1
-    assert (done.stdout + done.stderr).count("not divisible by 8") == 1
+    assert (done.stdout + done.stderr).count("sides divisible by 8") == 1
     assert "Traceback" not in done.stdout + done.stderr
 
 

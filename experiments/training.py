@@ -99,7 +99,8 @@ def fit_and_test(
         with watch("fit"):
             trainer.fit(module, datamodule, ckpt_path=resume)
         # Training that had stopped before this process began counts too.
-        epochs = trainer.fit_loop.epoch_progress.current.processed
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        epochs = progress.processed
         metrics: dict[str, Tensor] = {}
         with watch("test"):
             # The last validation was of the last weights: its scores would stand beside the test

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,11 @@ TO_CHANGE = 1  # a value, a file or a folder has to be changed
 BUSY = 75  # another process is training the same run (EX_TEMPFAIL of sysexits.h)
 
 
+# What a command does last, however it ends. Hydra turns an error of its callbacks into a warning,
+# and when Python exits it is too late for new processes and for an exit code.
+AT_END: list[Callable[[], None]] = []
+
+
 class BusyError(Exception):
     """Another process is training the same run."""
 
@@ -46,7 +51,11 @@ def command() -> Iterator[None]:
     os.environ[FULL_ERROR] = "1"  # else Hydra prints several lines of its own, and advice
     sys.argv[1:] = sweep_flag_first(sys.argv[1:])
     try:
-        yield
+        try:
+            yield
+        finally:
+            while AT_END:
+                AT_END.pop()()
     except Exception as error:
         if wants_traceback or not is_users(error):
             raise

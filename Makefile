@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    phantoms, training, scores and pictures, in minutes"
 	@echo "make test    all tests"
-	@echo "make lint    ruff and pyright"
+	@echo "make lint    ruff, pyright, bandit, known faults of packages"
 	@echo "make format  ruff, in place"
 
 # --no-compile: byte code is made for what is imported, not for all of the packages. So it must be
@@ -38,10 +38,17 @@ demo: | $(BIN)/python
 test: $(BIN)/.dev
 	$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
 
-lint: $(BIN)/.dev
+$(BIN)/.lint: $(BIN)/.dev
+	$(INSTALL) --editable '.[lint]'
+	touch $@
+
+# pip-audit only advises: it asks a server, and a fault of a package is not one of a commit.
+lint: $(BIN)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/bandit --quiet --recursive --severity-level medium --configfile pyproject.toml .
+	-$(BIN)/pip-audit --progress-spinner off --skip-editable
 
 format: $(BIN)/.dev
 	$(BIN)/ruff check --fix .

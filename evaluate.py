@@ -7,12 +7,13 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.command import command, job
+from experiments.schema import checked
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(config: DictConfig) -> None:
     with job():
-        options = OmegaConf.to_container(config, throw_on_missing=True)
+        options = OmegaConf.to_container(checked(config))
         from experiments.evaluation import evaluate  # heavy: not for a typo or `--help`
 
         evaluate(options)  # pyright: ignore[reportArgumentType]

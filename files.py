@@ -13,8 +13,8 @@ from typing import Any
 
 from errors import InputError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-LEAST_FREE = 2**16  # bytes; with less, a library's own error means that the disk is full
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEAST_FREE = 2**16  # bytes; with less, an error of a library means that the disk is full
 PREFIX = f".partial-{platform.node()}-"  # then the number of the process and the final name
 
 
@@ -42,9 +42,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         if partial.is_dir():
             _remove(path)
         partial.replace(path)
-    except (OSError, RuntimeError, ValueError) as error:  # the last two from libraries
-        number = getattr(error, "errno", None)
-        if number in FULL or (number is None and _is_full(path.parent)):
+    except (OSError, RuntimeError, ValueError) as error:
+        if _is_full(error, path.parent):
             raise InputError(
                 f"{path}: no room on the disk to write it; make some, and run the same again"
             ) from error
@@ -53,7 +52,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         _remove(partial)
 
 
-def _is_full(folder: Path) -> bool:
+def _is_full(error: Exception, folder: Path) -> bool:
+    """Say whether an error in writing means that there is no room, which libraries word freely."""
+    if isinstance(error, OSError):
+        return error.errno in FULL or "requested and" in str(
+            error
+        )  # NumPy: "8 requested and 2 written"
     return folder.is_dir() and shutil.disk_usage(folder).free < LEAST_FREE
 
 

@@ -17,8 +17,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from errors import InputError
-from experiments.command import command, job
+from experiments.combinations import check_arguments, check_sources
+from experiments.command import BusyError, command, job
 from experiments.run import RunFolder
+from experiments.schema import checked
 from experiments.usage import usage
 
 if TYPE_CHECKING:
@@ -26,16 +28,21 @@ if TYPE_CHECKING:
 
 
 def run_name(*, _root_: DictConfig) -> str:
-    return RunFolder.name(_root_, _root_.hydra.runtime.choices)
+    """Name a run; what no run can have is refused here, before Hydra makes a folder.
+
+    Raises:
+        InputError: See `checked`.
+    """
+    return RunFolder.name(checked(_root_), _root_.hydra.runtime.choices)
 
 
 def count(names: ListConfig, extra: int = 0, times: int = 1) -> int:
-    """Channels of a list of names, of a few more beside them, and of copies of all these."""
+    """Count channels: the names of a list and `extra` more, all of them `times` times."""
     return (len(names) + extra) * times
 
 
 def basename(path: str | None) -> str:
-    """The last part of a path; empty for the run's folder as long as there is none (`--cfg`)."""
+    """Return the last part of a path; empty as long as a run has no folder, as with `--cfg`."""
     return os.path.basename(path or "")
 
 
@@ -49,22 +56,28 @@ OmegaConf.register_new_resolver("min", min, replace=True)
 def main(config: DictConfig) -> float:
     with job():
         return train(config)
+    return math.nan  # a job of a sweep that another process is training
 
 
 def train(config: DictConfig) -> float:
     """Run what `config` describes, or read what came out of it before.
 
     Returns:
-        The objective; NaN if another process is training the run, or if the objective is a score of
-        cases that the split does not have.
-    """
-    from experiments.results import Results, show
+        The objective; NaN if it is a score of cases that the split does not have.
 
+    Raises:
+        InputError: A value, a file or the data cannot be used.
+        BusyError: Another process is training the run.
+    """
+    config = checked(config)
     folder = RunFolder(Path(config.run_dir))
+    if not folder.is_finished or config.again:
+        check_sources(config)
+    from experiments.results import Results, show  # heavy: not for a value that cannot be used
+
     with folder.claimed() as mine:
         if not mine:
-            logging.warning("%s: another process is training it", folder.path)
-            return math.nan
+            raise BusyError(f"{folder.path}: another process is training this run")
         if folder.is_finished and not config.again:
             results = Results.read(folder)
             logging.info("finished before; again=true trains it again")
@@ -91,19 +104,25 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     import pytorch_lightning as pl
 
     from experiments.training import fit_and_test, prepare_process
-    from lightning_modules.callbacks import SaveConfig, SaveSeenCases
+    from lightning_modules.callbacks import RememberStop, SaveConfig, SaveSeenCases
     from lightning_modules.checkpoint import check_same_network, first_readable
     from lightning_modules.constructors import check_constructors
 
     prepare_process(folder)
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     check_constructors(plain, "configuration")  # else no checkpoint of this run could be loaded
+    check_arguments(config)
     pl.seed_everything(config.seed, workers=True)
     build = partial(instantiate, _convert_="all")  # plain lists and dicts from here on
     module, datamodule, trainer = build(config.module), build(config.data), build(config.trainer)
-    trainer.callbacks += [SaveConfig(plain), SaveSeenCases()]
+    try:
+        module.configure_optimizers()
+    except ValueError as error:  # torch knows combinations that it refuses
+        raise InputError(f"optimizer, scheduler: {error}") from error
     latest = None if config.again else first_readable([folder.last, folder.best])
     resume = latest or config.resume
+    own = RememberStop(is_same_run=latest is not None)
+    trainer.callbacks += [SaveConfig(plain), SaveSeenCases(), own]
     if resume is not None:
         check_same_network(resume, plain["model"])
     return fit_and_test(module, datamodule, trainer, folder, plain, resume, anew=config.again)

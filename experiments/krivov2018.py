@@ -9,6 +9,7 @@ that is chosen anew on its validation cases.
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from hydra.experimental.callback import Callback  # noqa: TID251  (the hook of a sweep's end)
 
 from errors import InputError
-from experiments.command import command
+from experiments.command import AT_END, command
 from experiments.run import RunFolder, finished_runs
 from experiments.tables import markdown, write_csv
 from files import write_text
@@ -381,7 +382,16 @@ class WriteReport(Callback):
     """Writes the report when a sweep has ended; a callback of Hydra."""
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:  # noqa: ANN401  (Hydra's own)
-        text = write_report(Path(config.hydra.sweep.dir))
+        AT_END.append(partial(self.write, Path(config.hydra.sweep.dir)))
+
+    @staticmethod
+    def write(folder: Path) -> None:
+        """Write the report of a sweep and print its table.
+
+        Raises:
+            InputError: See `write_report`.
+        """
+        text = write_report(folder)
         print(text.read_text())
         print(f"table and figures: {text.parent}")
 

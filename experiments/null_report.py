@@ -6,18 +6,16 @@ is half done, it shows the runs that are finished, and the commands that train t
 """
 
 import argparse
-import atexit
 import os
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from hydra.experimental.callback import Callback  # noqa: TID251  (the hook of a sweep's start)
 
-from errors import InputError
-from experiments.command import command
+from experiments.command import AT_END, command
 from experiments.null_report_figures import (
     VERDICT_COLOURS,
     as_svg,
@@ -258,17 +256,17 @@ class WriteReport(Callback):
     """
 
     def on_multirun_start(self, config: Any, **_: object) -> None:  # noqa: ANN401  (Hydra's)
-        atexit.register(self.write, Path(config.hydra.sweep.dir))
+        AT_END.append(partial(self.write, Path(config.hydra.sweep.dir)))
 
     @staticmethod
     def write(folder: Path) -> None:
-        """Write the report of a sweep, or say why there is none."""
-        if not (folder / PLAN_NAME).is_file():
-            return  # the sweep was refused before it began, with a message of its own
-        try:
+        """Write the report of a sweep, unless the sweep was refused before it began.
+
+        Raises:
+            InputError: See `write_report`.
+        """
+        if (folder / PLAN_NAME).is_file():
             print(f"report: {write_report(folder)}")
-        except InputError as error:
-            print(f"no report: {error}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,8 +23,7 @@ class Results:
     Attributes:
         run: Name of the run, and of its folder.
         choices: The option of each group that was chosen.
-        metrics: Validation and test scores of the best checkpoint; the last value of all else that
-            was logged.
+        metrics: Validation and test scores of the best checkpoint.
         cost: Predicted cost of the network.
         epochs: Epochs trained, over all resumptions.
         fit_s: Time of training in this process.
@@ -127,7 +126,8 @@ def show(results: Results, folder: RunFolder) -> None:
     table.add_row(
         "predict", f"python predict.py checkpoint={folder.best} input=FOLDER output=FOLDER"
     )
-    table.add_row("sync", f"wandb sync {folder.path}/wandb/offline-run-*")
+    if any(folder.path.glob("wandb/offline-run-*")):  # logger=csv has none
+        table.add_row("sync", f"wandb sync {folder.path}/wandb/offline-run-*")
     Console().print(table)
 
 

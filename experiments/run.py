@@ -113,11 +113,6 @@ class RunFolder:
         return self.path / "last.ckpt"
 
     @property
-    def fitted_file(self) -> Path:
-        """What `fit` logged, written when it ends: with it, only testing is left to do."""
-        return self.path / "fitted.json"
-
-    @property
     def results_file(self) -> Path:
         """The last file that a run writes: where it is, the run is finished."""
         return self.path / "results.json"
@@ -155,7 +150,7 @@ class RunFolder:
         The first to go is the file that says that the run is finished, and the last those that a
         later process would go on from: killed in between, the run is merely unfinished.
         """
-        for file in (self.results_file, self.fitted_file, self.best, self.last):
+        for file in (self.results_file, self.best, self.last):
             file.unlink(missing_ok=True)
 
     def split(self) -> dict[str, list[str]]:

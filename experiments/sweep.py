@@ -1,7 +1,6 @@
 """A sweep over factors: what was planned, which runs are finished, and what they scored."""
 
 import csv
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ import numpy as np
 
 from errors import InputError
 from experiments.run import RunFolder
-from hydra_plugins.one_factor_sweeper import BASELINE, PLAN_NAME
+from hydra_plugins.one_factor_sweeper import BASELINE, PLAN_NAME, read_plan
 
 # The mean over the regions, as `RegionMetrics` logs it. A sweep over factors is a study of Dice.
 VALIDATION_DICE = "val/dice"
@@ -157,7 +156,7 @@ def read_sweep(folder: Path) -> Sweep:
             f"{path}: not found; expected the folder of a sweep over factors, as "
             "`python train.py experiment=null_report` makes it"
         )
-    plan = json.loads(path.read_text())
+    plan = read_plan(path)
     runs = [Run.from_plan(planned, folder) for planned in plan["cells"]]
     finished = [run for run in runs if run.folder.is_finished]
     if not any(run.cell == BASELINE_CELL for run in finished):

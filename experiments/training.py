@@ -11,12 +11,12 @@ import pytorch_lightning as pl
 import wandb
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from datamodules.patches import PatchDataModule
 from experiments.cost import predict_cost
 from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
 from experiments.run import RunFolder
-from files import read_json, write_json
 from lightning_modules.checkpoint import check_unseen
 from lightning_modules.segmentation import SegmentationModule
 
@@ -60,7 +60,6 @@ def fit_and_test(
 ) -> Results:
     """Train a module, then validate and test the best checkpoint that came out of it.
 
-    A run that was interrupted after training is not trained on: `RunFolder.fitted_file` tells.
     A part of the split without cases is left out. Without validation cases no checkpoint is better
     than another: the last one is taken for the best, and training does not stop early.
 
@@ -97,18 +96,12 @@ def fit_and_test(
     try:
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
-        if folder.fitted_file.is_file():
-            fitted = read_json(folder.fitted_file, "again=true trains the run again")
-        else:
-            with watch("fit"):
-                trainer.fit(module, datamodule, ckpt_path=resume)
-            fitted = {
-                "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-                "epochs": trainer.current_epoch,
-                "fit_s": watch.seconds["fit"],
-            }
-            write_json(folder.fitted_file, fitted)
-        metrics = dict(fitted["metrics"])
+        with watch("fit"):
+            trainer.fit(module, datamodule, ckpt_path=resume)
+        # Training that had stopped before this process began counts too.
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        epochs = progress.processed
+        metrics: dict[str, Tensor] = {}
         with watch("test"):
             # The last validation was of the last weights: its scores would stand beside the test
             # scores of other weights, in the results, in the CSV and in the summary of W&B.
@@ -129,8 +122,8 @@ def fit_and_test(
         choices=dict(sorted(chosen.items())),
         metrics={name: float(value) for name, value in metrics.items()},
         cost=cost,
-        epochs=fitted["epochs"],
-        fit_s=fitted["fit_s"],
+        epochs=epochs,
+        fit_s=watch.seconds["fit"],
         test_s=watch.seconds["test"],
         peak_memory_mib=peak_memory_mib(),
         device=device_name(),

@@ -1,13 +1,13 @@
-"""`hydra/sweeper=one_factor`: a baseline, and every other level of every factor by itself.
+"""Sweepers: Hydra's own, which checks every job before the first one starts, and `one_factor`.
 
-Every swept key is a factor, and the first of its values is the baseline's. A cell differs from the
+`hydra/sweeper=one_factor` trains a baseline, and every other level of every factor by itself. Every
+swept key is a factor, and the first of its values is the baseline's. A cell differs from the
 baseline in one factor; all cells are repeated for every `seed`. `factors=norm,model.depth` keeps
 the other factors at their baseline. Before the first cell starts, the plan is written beside the
 runs (`plan.json`): which cells there are, and the margin that the report will judge them by. Hydra
 finds sweepers in packages called `hydra_plugins` only, hence this folder.
 """
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,14 +21,17 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from files import write_json
+from errors import InputError
+from experiments.schema import checked
+from files import read_json, write_json
 
 PLAN_NAME = "plan.json"
 BASELINE = "baseline"
 SEED = "seed"
 FACTORS = "factors"
+CELL_KEYS = {"run", "seed", "factor", "level"}
 
 
 @dataclass
@@ -40,23 +43,80 @@ class OneFactorSweeperConf:
     params: dict[str, str] | None = None
 
 
-ConfigStore.instance().store(
-    group="hydra/sweeper", name="one_factor", node=OneFactorSweeperConf, provider="one_factor"
-)
+@dataclass
+class CheckedSweeperConf(OneFactorSweeperConf):
+    """The same options."""
+
+    _target_: str = "hydra_plugins.one_factor_sweeper.CheckedSweeper"
 
 
-class OneFactorSweeper(BasicSweeper):
-    """Hydra's own sweeper with other jobs, which it writes down before the first starts."""
+for name, node in {"basic": CheckedSweeperConf, "one_factor": OneFactorSweeperConf}.items():
+    # `basic`, the sweeper of `-m`, takes the place of Hydra's own of that name.
+    ConfigStore.instance().store(group="hydra/sweeper", name=name, node=node, provider="hydra")
+
+
+class CheckedSweeper(BasicSweeper):
+    """Hydra's own sweeper, which checks all jobs before the first one starts.
+
+    A value that no run can have is found at once, and not after hours in which the other jobs of
+    the sweep are trained. Hydra itself only composes the configurations of the jobs.
+    """
+
+    def split_arguments(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        """Return batches of jobs, each a list of overrides, that can be trained.
+
+        Raises:
+            HydraException: A job cannot be composed.
+            InputError: The configuration of a job has a value that it cannot have.
+        """
+        batches = self.batches_of(overrides, max_batch_size)
+        jobs = [self.composed(job) for batch in batches for job in batch]
+        self.prepare(jobs)
+        return batches
+
+    def batches_of(
+        self, overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        """Return the batches of jobs that the overrides ask for: of all values with all others."""
+        return BasicSweeper.split_arguments(overrides, max_batch_size)
+
+    def composed(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """Compose and check the configuration of a job; return what `planned` says of it."""
+        assert self.hydra_context is not None
+        assert self.config is not None
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        HydraConfig.instance().set_config(config)  # what `${hydra:...}` refers to
+        try:
+            checked(config)
+            return self.planned(config)
+        finally:
+            HydraConfig.instance().set_config(self.config)
+
+    def planned(self, config: DictConfig) -> dict[str, Any]:
+        """Return what `prepare` has to know of a job."""
+        return {}
+
+    def prepare(self, jobs: list[dict[str, Any]]) -> None:
+        """Do what has to be done before the first job starts."""
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Do nothing: all jobs have been composed already."""
+
+
+class OneFactorSweeper(CheckedSweeper):
+    """Trains a baseline and its cells, and writes them down before the first one starts."""
 
     def sweep(self, arguments: list[str]) -> Any:  # noqa: ANN401  (the parent's)
         """Launch all cells of `hydra.sweeper.params` and the command line's overrides."""
         self.command = shlex.join(["python", "train.py", *arguments])
         return super().sweep(arguments)
 
-    def split_arguments(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def batches_of(
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        """Batches of jobs, each a list of overrides.
+        """Return batches of cells.
 
         All cells of a seed come before the next seed, so that a sweep that is stopped half-way has
         as many runs of every cell.
@@ -71,26 +131,21 @@ class OneFactorSweeper(BasicSweeper):
         ]
         return [list(batch) for batch in self.split_overrides_to_chunks(jobs, max_batch_size)]
 
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose every job, as Hydra does before the first starts, and write the plan."""
-        assert self.hydra_context is not None
+    def planned(self, config: DictConfig) -> dict[str, Any]:
+        """Return the entry of a cell in the plan."""
+        cell = {"run": config.hydra.sweep.subdir, "seed": config.seed}
+        return {**cell, "factor": config.cell.factor, "level": config.cell.level}
+
+    def prepare(self, jobs: list[dict[str, Any]]) -> None:
+        """Write the plan."""
         assert self.config is not None
-        planned = []
-        for overrides in batch:
-            config = self.hydra_context.config_loader.load_sweep_config(
-                self.config, list(overrides)
-            )
-            HydraConfig.instance().set_config(config)  # what `${hydra:...}` refers to
-            cell = {"run": config.hydra.sweep.subdir, "seed": config.seed}
-            planned.append({**cell, "factor": config.cell.factor, "level": config.cell.level})
-        HydraConfig.instance().set_config(self.config)
         add_to_plan(
             Path(self.config.hydra.sweep.dir) / PLAN_NAME,
             {
                 "stated": datetime.now(UTC).isoformat(timespec="seconds"),
                 "report": OmegaConf.to_container(self.config.report, resolve=True),
                 "commands": [self.command],
-                "cells": planned,
+                "cells": jobs,
             },
         )
 
@@ -112,7 +167,7 @@ def only(factors: list[str] | None, levels: dict[str, list[str]]) -> dict[str, l
 
 
 def values_of(override: Override) -> list[str]:
-    """The values that an override sweeps over, or its only one."""
+    """Return the values that an override sweeps over, or its only one."""
     if override.is_discrete_sweep():
         return [str(value) for value in override.sweep_string_iterator()]
     if override.is_sweep_override():
@@ -123,7 +178,7 @@ def values_of(override: Override) -> list[str]:
 
 
 def cells(levels: dict[str, list[str]]) -> Iterator[dict[str, str]]:
-    """The overrides of the baseline, then of every cell; `cell` says which one it is."""
+    """Yield the overrides of the baseline, then of every cell; `cell` says which one it is."""
     baseline = {key: values[0] for key, values in levels.items()}
     yield {**baseline, "cell.factor": BASELINE, "cell.level": BASELINE}
     for key, (_, *others) in levels.items():
@@ -136,12 +191,34 @@ def add_to_plan(path: Path, plan: dict[str, Any]) -> None:
 
     Raises:
         CompactHydraException: The file has another baseline or another margin.
+        InputError: The file is no plan.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.is_file():
-            plan = merged(json.loads(path.read_text()), plan, path)
+            plan = merged(read_plan(path), plan, path)
         write_json(path, plan)
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Read the plan of a sweep.
+
+    Raises:
+        InputError: There is none, or the file holds something else.
+    """
+    advice = "remove the file, and start the sweep again: what is finished is not run anew"
+    plan = read_json(path, advice)
+    cells, report = plan.get("cells"), plan.get("report")
+    if (
+        not isinstance(report, dict)
+        or not isinstance(report.get("margin"), dict)
+        or "alpha" not in report
+        or not {"stated", "commands"} <= set(plan)
+        or not isinstance(cells, list)
+        or not all(isinstance(cell, dict) and set(cell) >= CELL_KEYS for cell in cells)
+    ):
+        raise InputError(f"{path}: expected the plan of a sweep, found other JSON; {advice}")
+    return plan
 
 
 def merged(earlier: dict[str, Any], plan: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -167,5 +244,5 @@ def merged(earlier: dict[str, Any], plan: dict[str, Any], path: Path) -> dict[st
 
 
 def baselines(plan: dict[str, Any]) -> dict[int, str]:
-    """Run of the baseline by seed."""
+    """Return the run of the baseline by seed."""
     return {cell["seed"]: cell["run"] for cell in plan["cells"] if cell["factor"] == BASELINE}

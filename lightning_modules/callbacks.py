@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
 from files import write_text
-from lightning_modules.checkpoint import CONFIG_KEY, SEEN_KEY
+from lightning_modules.checkpoint import CONFIG_KEY, SEEN_KEY, STOPPED_KEY
 from lightning_modules.memory import keep_freed
 from lightning_modules.pictures import busiest_slice, draw_case, plane
 from lightning_modules.segmentation import Batch, SegmentationModule, VolumeBatch
@@ -60,6 +60,31 @@ class SaveSeenCases(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint[SEEN_KEY] = self.seen
+
+
+class RememberStop(Callback):
+    """Keeps in every checkpoint whether training was to stop early there, which Lightning forgets.
+
+    Without it, a run that stopped early and was killed while it was tested would train on.
+
+    Args:
+        is_same_run: Whether the run goes on from a checkpoint of its own. One that continues
+            another run trains on, whether that one had stopped or not.
+    """
+
+    def __init__(self, is_same_run: bool) -> None:
+        self.is_same_run = is_same_run
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[STOPPED_KEY] = trainer.should_stop
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.is_same_run and checkpoint.get(STOPPED_KEY, False):
+            trainer.should_stop = True
 
 
 class SeedEveryStep(Callback):

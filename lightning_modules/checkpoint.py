@@ -15,6 +15,7 @@ from lightning_modules.inference import Ensemble
 from lightning_modules.segmentation import SegmentationModule
 
 CONFIG_KEY = "config"
+STOPPED_KEY = "stopped"  # whether training was to stop early there
 SEEN_KEY = "seen"  # part of the split -> identity of a patient -> name of the case
 
 # Keys of the configuration, below `data`, whose values the networks of an ensemble must share.

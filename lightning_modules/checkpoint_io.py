@@ -1,5 +1,6 @@
 """How Lightning writes checkpoints here: whole, or not at all."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,5 +24,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         path: str | Path,
         storage_options: Any | None = None,  # noqa: ANN401  (Lightning's signature)
     ) -> None:
+        content = BytesIO()  # torch hides the error of the system behind one of its own
+        torch.save(checkpoint, content)
         with written_whole(Path(path)) as partial:
-            torch.save(checkpoint, partial)
+            partial.write_bytes(content.getbuffer())

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import resource
 import shutil
 import signal
 import subprocess
@@ -201,7 +202,10 @@ def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: l
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("patches.size=20", "patch_size: 20x20x20 is not divisible by 8"),
+        (
+            "patches.size=20",
+            "patches.size: expected sides divisible by 8, as 4 levels need, found 20",
+        ),
         ("data.data_set.root=nowhere", "nowhere"),
         ("data.data_set.modalities=[t1,t9]", "t9"),
         ("split.test=0.99", "split"),
@@ -222,7 +226,7 @@ def test_what_cannot_be_used_is_one_line(
 def test_the_line_is_all_that_the_command_prints_of_an_error(tiny: list[str]):
     done = cli(*tiny, "logger=csv", "patches.size=20")
     assert done.returncode == 1
-    assert (done.stdout + done.stderr).count("not divisible by 8") == 1
+    assert (done.stdout + done.stderr).count("sides divisible by 8") == 1
     assert "Traceback" not in done.stdout + done.stderr
 
 
@@ -363,44 +367,6 @@ def test_a_runs_folder_holds_the_files_that_its_class_names(composed: Compose, t
     assert written - {path.name for path in (*named, run.pictures)} == {"csv", ".claim"}
 
 
-class DieWhen(pl.Callback):
-    """A machine that dies while the run is tested."""
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        raise ConnectionAbortedError("power is out")
-
-
-@pytest.mark.parametrize(
-    "stop",
-    [
-        ["trainer.max_epochs=2"],
-        # The first validation is the best there will be, so that training stops at the second.
-        ["trainer.max_epochs=9", "callbacks.early_stopping.patience=1", "optimizer.lr=0"],
-    ],
-    ids=["at the last epoch", "early"],
-)
-def test_a_run_that_dies_while_it_is_tested_is_only_tested_when_it_starts_again(
-    composed: Compose, tiny: list[str], tmp_path: Path, stop: list[str]
-):
-    common = [*tiny, "logger=csv", "trainer.check_val_every_n_epoch=1", *stop]
-    train.train(composed(*common, f"run_dir={tmp_path}/whole"))
-    folder = tmp_path / "broken"
-    with pytest.raises(ConnectionAbortedError):
-        train.train(
-            composed(
-                *common, f"run_dir={folder}", "+callbacks.die._target_=tests.test_train.DieWhen"
-            )
-        )
-    written = (folder / "last.ckpt").stat().st_mtime_ns
-    train.train(composed(*common, f"run_dir={folder}"))
-    assert (folder / "last.ckpt").stat().st_mtime_ns == written
-    whole, broken = (
-        json.loads((path / "results.json").read_text()) for path in (tmp_path / "whole", folder)
-    )
-    assert broken["epochs"] == whole["epochs"] == 2
-    assert broken["metrics"] == whole["metrics"]
-
-
 def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(
     composed: Compose, tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -461,3 +427,27 @@ def test_half_a_checkpoint_never_takes_the_place_of_a_whole_one(
             checkpoint.read(last)
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("limit", "file"), [(2**15, "data/cache/"), (2**20, ".ckpt")], ids=["cache", "checkpoint"]
+)
+def test_a_full_disk_is_one_line_and_the_command_goes_on_when_there_is_room(
+    composed: Compose, tiny: list[str], tmp_path: Path, limit: int, file: str
+):
+    """The limit is on the size of a file instead: a disk of a few kB takes root to make."""
+    overrides = [o for o in tiny if not o.startswith(("run_dir", "data.cache.root"))]
+    overrides += ["logger=csv", f"data.cache.root={tmp_path}/data/cache"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *overrides, f"hydra.run.dir={tmp_path}/run"],
+        cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "no room on the disk" in line)
+    assert file in line
+    train.train(composed(*overrides, f"run_dir={tmp_path}/run"))
+    train.train(composed(*overrides, f"run_dir={tmp_path}/whole"))
+    for name, tensor in weights_of(tmp_path / "run/last.ckpt").items():
+        assert torch.equal(tensor, weights_of(tmp_path / "whole/last.ckpt")[name]), name

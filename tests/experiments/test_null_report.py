@@ -10,16 +10,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from errors import InputError
-from experiments import null_report
+from experiments import krivov2018, null_report
+from experiments.command import command
 from experiments.cost import Cost
 from experiments.null_report import compare_all
 from experiments.results import Results
@@ -202,27 +203,22 @@ def test_cells_show_unequal_budgets(sweep: Path):
 
 
 @pytest.fixture
-def run_sweep(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, list[Callable[[], None]]]]:
-    """Run `python train.py ...` in this process; return its exit code and its functions at exit."""
+def run_sweep(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run `python train.py ...` in this process; return its exit code."""
 
-    def run(folder: Path, *arguments: str) -> tuple[int, list[Callable[[], None]]]:
+    def run(folder: Path, *arguments: str) -> int:
         ours = [o for o in tiny if not o.startswith(("run_dir", "trainer.max_epochs"))]
         words = ["train.py", *arguments, *ours, "logger=csv", f"hydra.sweep.dir={folder}"]
-        at_exit: list[Callable[[], None]] = []
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", words)
-            register = SimpleNamespace(register=lambda f, *a: at_exit.append(partial(f, *a)))
-            patch.setattr(null_report, "atexit", register)
             patch.chdir(ROOT)
             try:
                 runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
             except SystemExit as stop:
-                return int(stop.code or 0), at_exit
+                return int(stop.code or 0)
             except PowerCutError:
-                return 1, at_exit
-        return 0, at_exit
+                return 1
+        return 0
 
     return run
 
@@ -237,10 +233,7 @@ def test_a_killed_sweep_ends_with_the_same_table(
 ):
     arguments = ["experiment=null_report", "factors=norm", "seed=0,1", "trainer.max_epochs=2"]
     arguments += ["patches.epochs_per_validation=1"]  # a checkpoint is written at a validation
-    code, at_exit = run_sweep(tmp_path / "whole", *arguments)
-    assert code == 0
-    (write,) = at_exit
-    write()
+    assert run_sweep(tmp_path / "whole", *arguments) == 0
     planned = json.loads((tmp_path / "whole/plan.json").read_text())["cells"]
     assert [(cell["seed"], cell["factor"], cell["level"]) for cell in planned] == [
         (0, "baseline", "baseline"),
@@ -260,9 +253,8 @@ def test_a_killed_sweep_ends_with_the_same_table(
 
     with monkeypatch.context() as patch:
         patch.setattr(SeedEveryStep, "on_train_batch_start", die)
-        code, at_exit = run_sweep(tmp_path / "killed", *arguments)
-    assert code == 1
-    at_exit[0]()  # the report is written all the same
+        assert run_sweep(tmp_path / "killed", *arguments) == 1
+    # The report is written all the same.
     text = (tmp_path / "killed/report/null_report.md").read_text()
     assert "3 of 4 runs are finished" in text
     (missing,) = [
@@ -281,13 +273,27 @@ def test_a_killed_sweep_ends_with_the_same_table(
                 start_step(self, trainer, *rest),
             )[1],
         )
-        code, at_exit = run_sweep(tmp_path / "killed", *arguments)
-    assert code == 0
+        assert run_sweep(tmp_path / "killed", *arguments) == 0
     assert set(trained) == {(str(missing), 1)}  # no other run, and not its first epoch
-    at_exit[0]()
     for name in ("null_report.csv", "forest.png"):
         whole, killed = (tmp_path / s / "report" / name for s in ("whole", "killed"))
         assert whole.read_bytes() == killed.read_bytes(), name
+
+
+@pytest.mark.parametrize("wants", [null_report, krivov2018], ids=["null report", "detection"])
+def test_a_report_that_fails_is_one_line_and_an_exit_code(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, wants: Any
+):
+    (tmp_path / "plan.json").write_text("{")
+    settings = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    report = wants.WriteReport()
+    report.on_multirun_start(config=settings)
+    report.on_multirun_end(config=settings)
+    with pytest.raises(SystemExit) as stop, command():
+        pass
+    assert stop.value.code == 1
+    assert str(tmp_path) in caplog.messages[-1]
+    assert "\n" not in caplog.messages[-1]
 
 
 @pytest.mark.process

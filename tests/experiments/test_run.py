@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from errors import InputError
 from experiments.run import IDENTITY, NO_EFFECT, RunFolder, finished_runs, identity
@@ -92,7 +93,7 @@ def test_what_has_no_effect_is_part_of_the_configuration():
         for key in dotted.split("."):
             assert key in node, dotted
             node = node[key]
-    assert set(identity(config)) == set(IDENTITY)
+    assert set(identity(config)) == set(IDENTITY) - {"resume"}  # of the few that resume
 
 
 HOLD = """
@@ -133,3 +134,16 @@ def test_finished_runs_of_a_folder(tmp_path: Path):
         finished_runs(tmp_path / "unfinished")
     with pytest.raises(InputError, match="nowhere: expected a finished run"):
         finished_runs(tmp_path / "nowhere")
+
+
+def test_a_run_that_starts_from_a_checkpoint_has_a_name_of_its_own(tmp_path: Path):
+    for file, content in (("a.ckpt", b"a"), ("same.ckpt", b"a"), ("b.ckpt", b"b")):
+        (tmp_path / file).write_bytes(content)
+    names = [name(f"resume={tmp_path}/{file}.ckpt") for file in ("a", "same", "b")]
+    assert names[0] == names[1]  # its content counts
+    assert len({name(), *names}) == 3
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_whatever_the_run_has(tmp_path: Path):
+    with pytest.raises(OmegaConfBaseException, match=r"resume: .*nowhere.ckpt: No such file"):
+        name(f"resume={tmp_path}/nowhere.ckpt")

@@ -105,7 +105,7 @@ def plan_of(*runs: tuple[str, str], margin: float = 0.02, command: str = "first"
     """Make a plan of runs, each with the factor that it varies."""
     return {
         "stated": command,
-        "report": {"margin": {"WT": margin}},
+        "report": {"margin": {"WT": margin}, "alpha": 0.05},
         "commands": [command],
         "cells": [{"run": run, "seed": 0, "factor": f, "level": f} for run, f in runs],
     }

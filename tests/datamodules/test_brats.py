@@ -123,10 +123,9 @@ def test_what_is_wrong_with_some_cases_is_said_beside_the_others(tmp_path):
         make_files(tmp_path / name, name, without=without)
     cases, errors = BraTS(tmp_path).survey()
     assert [case.name for case in cases] == ["A", "C"]
-    assert [re.search("case . has no [a-z0-9]+", str(error))[0] for error in errors] == [
-        "case B has no t1",
-        "case D has no flair",
-    ]
+    assert len(errors) == 2
+    assert "case B has no t1" in str(errors[0])
+    assert "case D has no flair" in str(errors[1])
 
 
 def test_a_table_without_grades_is_no_error(tmp_path):

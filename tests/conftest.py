@@ -10,7 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 import train  # noqa: F401  (registers the resolvers of the configuration)
 from lightning_modules import checkpoint
@@ -170,6 +170,17 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
 
     yield compose_config
     HydraConfig.instance().cfg = None
+
+
+def options_of(command: str, **values: object) -> dict:
+    """The values of conf/predict.yaml or conf/evaluate.yaml, some of them changed."""
+    files = [ROOT / f"conf/{name}.yaml" for name in ("predict", "evaluate")]
+    config = OmegaConf.merge(
+        *map(OmegaConf.load, files[: 1 if command == "predict" else 2]),
+        {"device": "cpu", "pictures": False, "flips": False},
+        {key: str(value) if isinstance(value, Path) else value for key, value in values.items()},
+    )
+    return dict(OmegaConf.to_container(config))
 
 
 class BrighterThan(torch.nn.Module):

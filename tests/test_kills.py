@@ -13,7 +13,13 @@ import torch
 from omegaconf import DictConfig
 
 import train
+from datamodules.brats import BraTS
+from datamodules.cache import Cache
+from datamodules.nifti import write_volume
+from experiments.prediction import predict_folder
+from files import PREFIX
 from lightning_modules import checkpoint
+from tests.conftest import options_of
 
 Compose = Callable[..., DictConfig]
 
@@ -51,12 +57,12 @@ class KillAt(pl.Callback):
         setattr(self, moment, kill)
 
 
-def kill(config: DictConfig) -> None:
-    """Train in a process of its own, and see that it is killed."""
+def killed(work: Callable[[], object]) -> None:
+    """Do something in a process of its own, and see that it is killed."""
     process = os.fork()
     if process == 0:
         try:
-            train.train(config)
+            work()
         finally:
             os._exit(1)
     _, status = os.waitpid(process, 0)
@@ -130,6 +136,70 @@ def test_killed_at(
     if again:
         train.train(composed(*common))
         dying += ["again=true"]
-    kill(composed(*common, *dying))
+    config = composed(*common, *dying)
+    killed(lambda: train.train(config))
     train.train(composed(*common))
     assert_same(tmp_path / "run", wholes[kind])
+
+
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Path -> content of every file that is no lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.endswith(".lock")
+    }
+
+
+def test_killed_while_it_fills_the_cache(
+    brats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_set = BraTS(brats)
+
+    def fill(root: Path) -> None:
+        Cache(root, 1, "brain", workers=1).build(data_set.cases(), data_set)
+
+    fill(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("datamodules.cache.write_json", die)  # the last file of a case
+        killed(lambda: fill(tmp_path / "killed"))
+    assert any(path.name.startswith(PREFIX) for path in (tmp_path / "killed").rglob("*"))
+    fill(tmp_path / "killed")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "again"])
+def test_killed_while_it_predicts(
+    composed: Compose,
+    tiny: list[str],
+    brats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bright_networks: None,
+    again: bool,
+) -> None:
+    config = composed(*tiny, "logger=csv", "trainer=debug")
+    train.train(config)
+    asked = options_of("predict", checkpoint=f"{config.run_dir}/best.ckpt", input=brats)
+    asked["pictures"] = False
+    predict_folder({**asked, "output": str(tmp_path / "whole")})
+    asked["output"] = str(tmp_path / "killed")
+    if again:
+        predict_folder({**asked, "thresholds": 0.9})
+    written = []
+
+    def write_and_die(path: Path, *rest: Any) -> None:
+        if len(written) == 2:
+            die()
+        written.append(path)
+        write_volume(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.prediction.write_volume", write_and_die)
+        killed(lambda: predict_folder({**asked, "again": again}))
+    predict_folder(asked)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")

@@ -2,10 +2,14 @@
 
 import gzip
 import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from datamodules.nifti import (
     PATIENT,
@@ -205,3 +209,48 @@ def test_a_patient_in_the_header_is_an_identity_of_its_own(tmp_path):
         found[name] = identify(tmp_path / f"{name}.nii")
     assert set(found["a"]) & set(found["b"]) == {f"{PATIENT}7"}
     assert len(found["c"]) == 1
+
+
+FUZZ = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def refusal(read: Callable[[Path], object], path: Path) -> str | None:
+    """The message with which a file is refused; None if it is read."""
+    try:
+        read(path)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+@FUZZ
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 351), st.integers(0, 255)), min_size=1, max_size=8),
+    kept=st.one_of(st.none(), st.integers(0, 700)),
+)
+def test_any_header_is_read_or_refused_in_one_line(tmp_path, ending, changes, kept):
+    voxels = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)
+    path = write_image(tmp_path / f"a.{ending}", voxels)
+    content = path.read_bytes()
+    content = bytearray(gzip.decompress(content) if ending == "nii.gz" else content)
+    for place, value in changes:
+        content[place] = value
+    content = bytes(content[:kept])
+    path.write_bytes(gzip.compress(content) if ending == "nii.gz" else content)
+    for read in (open_volume, read_volume, has_orientation, identify):
+        line = refusal(read, path)
+        assert line is None or (str(path) in line and "\n" not in line)
+
+
+@FUZZ
+@given(content=st.binary(max_size=600))
+def test_any_bytes_are_read_or_refused_in_one_line(tmp_path, content):
+    for ending in ("nii", "nii.gz"):
+        path = tmp_path / f"a.{ending}"
+        path.write_bytes(content)
+        line = refusal(read_volume, path)
+        assert line is not None
+        assert "\n" not in line

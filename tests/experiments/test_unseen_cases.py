@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import train
 from datamodules.brats import BraTS
@@ -20,22 +20,11 @@ from experiments.evaluation import evaluate
 from experiments.prediction import predict_folder
 from experiments.run import RunFolder
 from lightning_modules import checkpoint
-from tests.conftest import ROOT
+from tests.conftest import options_of
 
 Compose = Callable[..., DictConfig]
 
 pytestmark = pytest.mark.process
-
-
-def options_of(command: str, **values: object) -> dict:
-    """The values of conf/predict.yaml or conf/evaluate.yaml, some of them changed."""
-    files = [ROOT / f"conf/{name}.yaml" for name in ("predict", "evaluate")]
-    config = OmegaConf.merge(
-        *map(OmegaConf.load, files[: 1 if command == "predict" else 2]),
-        {"device": "cpu", "pictures": False, "flips": False},
-        {key: str(value) if isinstance(value, Path) else value for key, value in values.items()},
-    )
-    return dict(OmegaConf.to_container(config))
 
 
 @pytest.fixture

@@ -220,6 +220,9 @@ RULES: dict[str, Rule] = {
     "least_volume": choice(*REGIONS["BraTS"], *REGIONS["Metastases"], least=0),
     "convention": Rule(one_of(*CONVENTIONS).expected, lambda value: str(value) in CONVENTIONS),
     "wandb": one_of("online", "offline", "disabled"),
+    # doctor.py.
+    "workers": either(nothing, whole(1)),
+    "json": either(nothing, text),
     # Everywhere.
     "*._partial_": flag,
     "*._target_": text,

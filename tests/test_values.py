@@ -288,6 +288,12 @@ def test_a_value_of_predict_or_evaluate_that_cannot_be_used_is_one_line(
     assert line_of(with_values(config, *overrides)).startswith(line)
 
 
+@pytest.mark.parametrize("workers", [0, -1, 1.5, "abc", True])
+def test_a_number_of_workers_of_the_doctor_is_one_from_1_on(workers: object):
+    config = DictConfig({"workers": workers, "json": None})
+    assert line_of(config).startswith("workers: expected null or a whole number from 1 on, found")
+
+
 @pytest.mark.parametrize("written", ["no", "off", "0", "false", "False", "yes", "on", "1", "true"])
 def test_the_booleans_of_yaml_mean_what_they_say(written: str, tmp_path: Path):
     """Hydra reads `again=no` as a text, and a text is true."""
@@ -361,7 +367,7 @@ def test_every_option_passes_and_every_key_has_a_rule_or_is_free():
         places += values_of(plain_once(*overrides, name="config"))
         for group, option in config.choices.items():
             chosen.get(group, set()).add(option)
-    for name in ("predict", "evaluate"):
+    for name in ("predict", "evaluate", "doctor"):
         places += values_of(plain_once(name=name))
     assert {group: options - {None} for group, options in chosen.items()} == {
         group: set(options) for group, options in OPTIONS.items()

@@ -112,7 +112,7 @@ def write_metastases(folder: Path, labels: np.ndarray, prefix: str = "") -> None
 
     The crop to the brain gives the labels back as they are.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(list(folder.name.encode()))  # no two cases are the same scan
     image = (100 + rng.standard_normal(labels.shape) * 5 + 80 * labels).astype(np.int16)
     image, labels = np.pad(image, 1), np.pad(labels, 1)
     write_case(folder, {"t1ce": image}, labels.astype(np.uint8), prefix=prefix)

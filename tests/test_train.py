@@ -359,7 +359,7 @@ def test_a_runs_folder_holds_the_files_that_its_class_names(composed: Compose, t
     config = composed(*tiny, "logger=csv")
     train.train(config)
     run = RunFolder(Path(config.run_dir))
-    named = (run.best, run.last, run.fitted_file, run.results_file, run.split_file, run.cases_file)
+    named = (run.best, run.last, run.results_file, run.split_file, run.cases_file)
     assert all(path.is_file() for path in (*named, *run.metrics_files))
     assert len(run.metrics_files) == 1
     assert run.split()["test"] == sorted(path.stem for path in run.pictures.glob("*.png"))

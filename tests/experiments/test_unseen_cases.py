@@ -147,7 +147,7 @@ def test_a_phantom_is_one_patient_at_every_spacing(tmp_path: Path, composed: Com
 
     path = tmp_path / "network.ckpt"
     seen = {"train": dict.fromkeys(identities["a0"], "phantom_0000"), "validation": {}}
-    torch.save({"config": {}, checkpoint.SEEN_KEY: seen}, path)
+    torch.save({"config": {"module": {}, "data": {}}, checkpoint.SEEN_KEY: seen}, path)
     checkpoint.check_unseen(path, {"c0": identities["c0"], "b1": identities["b1"]})
     with pytest.raises(InputError, match=r"found 1 of 1 .* is b0, its train case phantom_0000"):
         checkpoint.check_unseen(path, {"b0": identities["b0"]})

@@ -13,9 +13,10 @@ from datamodules.cases import Case, DataSet
 from datamodules.nifti import identify
 from datamodules.splits import PARTS
 from errors import InputError
+from experiments.combinations import check_writable
 from experiments.frey2019 import write_report
 from experiments.operating_point import Candidates, OperatingPoint
-from experiments.prediction import Predictor, check_output, find_checkpoints
+from experiments.prediction import Predictor, find_checkpoints
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import check_unseen
 from lightning_modules.metrics.regions import CONVENTIONS
@@ -45,7 +46,7 @@ def evaluate(options: Mapping[str, Any]) -> Path:
             f"convention: expected one of {', '.join(CONVENTIONS)}, found {options['convention']}"
         )
     output = Path(options["output"])
-    check_output(output)
+    check_writable("output", output)
     if options["predictions"] is not None:
         predictions = BraTSMasks(options["predictions"])
         data_set: DataSet = BraTSMasks(options["input"])

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ from datamodules.nifti import description, identify, open_volume, write_volume
 from datamodules.preprocessing import Preprocessing, Volume, restore
 from datamodules.sampling import Cut, whole
 from errors import InputError
+from experiments.combinations import check_writable
 from experiments.operating_point import OperatingPoint
 from experiments.run import finished_runs
 from files import read_json, write_json, written_whole
@@ -51,23 +51,6 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 def label_map(folder: Path, case: str) -> Path:
     """Return the file in a folder of predictions that holds the label map of a case."""
     return folder / f"{case}.nii.gz"
-
-
-def check_output(folder: Path) -> None:
-    """Check that a folder can be made, or is there and can be written to; do neither.
-
-    Raises:
-        InputError: It is a file, lies in one, or cannot be written to.
-    """
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"output: expected a folder, found a file: {existing}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(
-            f"output: expected a folder to write to, found one without leave: {existing}"
-        )
 
 
 @dataclass(frozen=True)
@@ -189,7 +172,7 @@ class Predictor:
             InputError: The folder holds what other networks or thresholds have predicted, or files
                 of the user's under the names of label maps.
         """
-        check_output(output)
+        check_writable("output", output)
         output.mkdir(parents=True, exist_ok=True)
         self.claim(output, cases)
         failed = []
@@ -337,7 +320,7 @@ def predict_folder(options: Mapping[str, Any]) -> None:
     Raises:
         InputError: Options or cases that cannot be used.
     """
-    check_output(Path(options["output"]))
+    check_writable("output", Path(options["output"]))
     predictor = Predictor.from_options(options)
     predictor = predictor.in_folder(Path(options["input"]), options["et_label"])
     cases = predictor.data_set.cases()

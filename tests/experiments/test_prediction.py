@@ -285,7 +285,9 @@ def test_weights_that_are_no_numbers_are_refused(bright: Path, monkeypatch: pyte
 def test_an_output_that_is_a_file_is_named_before_anything_is_read(tmp_path: Path, inside: str):
     path = tmp_path / "file"
     path.touch()
-    with pytest.raises(InputError, match=f"^output: expected a folder, found a file: {path}$"):
+    with pytest.raises(
+        InputError, match=f"^output: expected a folder to write to, found the file {path}$"
+    ):
         predict_folder(options(checkpoint="none", input=tmp_path, output=path / inside))
 
 

@@ -86,7 +86,7 @@ def reconstruction_l2(
     return F.mse_loss(reconstruction.float(), image.float())
 
 
-def gaussian_kl(latent: Latent, voxels: int = PAPER_PATCH_VOXELS) -> Float[Tensor, ""]:
+def gaussian_kl(latent: Latent, voxels: int) -> Float[Tensor, ""]:
     """Compute the divergence of the posterior from N(0, 1), averaged over the batch (equation 3).
 
     It is `Σ(μ² + σ² - log σ² - 1) / N`, without the usual factor ½.

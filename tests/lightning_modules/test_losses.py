@@ -139,16 +139,19 @@ def test_terms_of_the_autoencoder_network_add_up_to_equation_4():
 
 
 @pytest.mark.parametrize("side", [4, 8])
-def test_a_posterior_costs_the_same_whatever_the_patch(side: int):
-    """KL of the paper's 80³ patch by hand: .1 * 1000 units * (1² + 1 - 0 - 1) / 512000."""
+@pytest.mark.parametrize(("choice", "voxels"), [({}, 512_000), ({"kl_voxels": 64}, 64)])
+def test_a_posterior_costs_the_same_whatever_the_patch(
+    side: int, choice: dict[str, int], voxels: int
+):
+    """KL by hand: .1 * 1000 units * (1² + 1 - 0 - 1) / N, by default that of an 80³ patch."""
     image, mask = torch.zeros(1, 4, side, side, side), torch.zeros(1, 3, side, side, side)
     sure = torch.full_like(mask, -SURE)
     latent = Latent(torch.ones(1, 1000), torch.zeros(1, 1000))
-    terms = AutoencoderLoss(RegionDice(dict.fromkeys(REGIONS, 0.33), REGIONS))(
+    terms = AutoencoderLoss(RegionDice(dict.fromkeys(REGIONS, 0.33), REGIONS), **choice)(
         AEUNetOutput(sure, image, latent), {"image": image, "mask": mask}
     )
-    assert terms["kl"].item() == pytest.approx(1000 / 512_000)
-    assert terms["loss"].item() == pytest.approx(0.1 * 1000 / 512_000)
+    assert terms["kl"].item() == pytest.approx(1000 / voxels)
+    assert terms["loss"].item() == pytest.approx(0.1 * 1000 / voxels)
 
 
 def test_a_tumour_costs_the_same_whatever_the_spacing():

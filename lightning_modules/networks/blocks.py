@@ -216,7 +216,7 @@ class ResidualBlock(nn.Module):
         self.halves = (self.body[:-3], self.body[-3:])
         self.run = checkpointing.norms
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else Conv3d(in_channels, out_channels, 1)
         self.lost = 2 * (1 - padding)  # voxels, on each side
 
     def forward(self, x: Float[Tensor, "b i x y z"]) -> Float[Tensor, "b o x_ y_ z_"]:

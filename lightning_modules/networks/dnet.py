@@ -89,7 +89,8 @@ class DNet(nn.Module):
     def segment_volume(self, x: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x_ y_ z_"]:
         """Compute the logits of all boxes of a volume that is surrounded by zeros.
 
-        The values are those of `segment` on the volume with a halo of zeros, at less cost.
+        The values are those of `segment` on the volume with a halo of zeros, at less cost; boxes
+        without any voxel but 0 have the logits of air, far from any brain.
 
         Args:
             x: The volume, whose sides the stride divides.
@@ -97,6 +98,4 @@ class DNet(nn.Module):
         Returns:
             Logits (B, R, X / stride, Y / stride, Z / stride).
         """
-        return self.head(
-            features_against_background(self.down.levels, x, GEOMETRY.halo, LOST_PER_BLOCK)
-        )
+        return self.head(features_against_background(self.down.levels, x, *GEOMETRY))

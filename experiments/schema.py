@@ -76,6 +76,7 @@ RULES: dict[str, Rule] = {
     "name": Rule("the name of a folder in runs/", is_folder_name),
     "seed": seed,
     "again": flag,
+    "compile": flag,
     "resume": checkpoint_or_null,
     "objective": text,
     "factors": either(nothing, text),

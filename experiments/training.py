@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from datamodules.patches import PatchDataModule
+from experiments.compilation import compile_network
 from experiments.cost import predict_cost
 from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
 from experiments.run import RunFolder
@@ -91,6 +92,9 @@ def fit_and_test(
         train_without_validation(trainer)
     if anew:
         folder.clear()
+    if config["compile"]:
+        shape = (datamodule.batch_size, config["model"]["in_channels"], *datamodule.sampler.size)
+        compile_network(module, trainer, shape)
     watch = Stopwatch()
     exit_code = 1
     try:

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from datamodules.patches import PatchDataModule
-from experiments.cost import predict_cost
+from experiments.cost import predict_step
 from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import check_unseen
@@ -75,11 +75,12 @@ def fit_and_test(
     Raises:
         InputError: The data cannot be used, or the checkpoint has seen cases of the test part.
     """
-    cost = predict_cost(
-        module.network,
-        datamodule.batch_size,
-        config["model"]["in_channels"],
-        datamodule.sampler.size,
+    step = predict_step(
+        module,
+        (datamodule.batch_size, config["model"]["in_channels"], *datamodule.sampler.size),
+        len(datamodule.regions),
+        trainer.precision,
+        trainer.strategy.root_device.type,
     )
     datamodule.prepare_data()  # faults of the user's files show before a logger starts
     datamodule.setup("fit")
@@ -121,7 +122,7 @@ def fit_and_test(
         run=folder.path.name,
         choices=dict(sorted(chosen.items())),
         metrics={name: float(value) for name, value in metrics.items()},
-        cost=cost,
+        cost=step.cost,
         epochs=epochs,
         fit_s=watch.seconds["fit"],
         test_s=watch.seconds["test"],

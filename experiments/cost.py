@@ -54,6 +54,13 @@ PRECISIONS = {
 }
 
 
+def autocast(precision: str, device: str) -> torch.autocast:
+    """Return the context in which a precision of Lightning computes on a kind of device."""
+    weights, computed = PRECISIONS[precision]
+    mixed = computed is not weights
+    return torch.autocast(device, computed if mixed else None, enabled=mixed)
+
+
 @dataclass(frozen=True)
 class Memory:
     """What the tensors of a training step take at the moment when they take most, in MiB by kind.
@@ -133,7 +140,7 @@ def predict_step(
             there is none, because autograd does not run on it; tensors are of the same sizes.
     """
     device = "cuda" if device == "cuda" and torch.cuda.is_available() else "cpu"
-    weights_type, autocast_type = PRECISIONS[precision]
+    weights_type = PRECISIONS[precision].weights
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = _copy_without_memory(module, weights_type, device)
         network, weights = module.network, list(module.network.parameters())
@@ -152,8 +159,7 @@ def predict_step(
             storages.add([weight.grad for weight in weights], "gradients")
             storages.add(tree_leaves(list(optimizer.state.values())), "moments")
             storages.add(batch.values(), "activations")
-            mixed = autocast_type is not weights_type
-            with torch.autocast(device, autocast_type if mixed else None, enabled=mixed):
+            with autocast(precision, device):
                 loss = module.terms(batch)["loss"]
             forward_gflops = storages.flops / 1e9
             storages.keep()

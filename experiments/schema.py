@@ -76,6 +76,8 @@ RULES: dict[str, Rule] = {
     "name": Rule("the name of a folder in runs/", is_folder_name),
     "seed": seed,
     "again": flag,
+    "plan": flag,
+    "vram_gb": Rule("a number above 0, or null", either(nothing, positive).accepts),
     "resume": checkpoint_or_null,
     "objective": text,
     "factors": either(nothing, text),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
+from experiments.cost import autocast
 from lightning_modules.segmentation import Batch, SegmentationModule
 
 MIB = 2**20
@@ -72,15 +73,15 @@ class TrainingStep:
     Args:
         module: Module to train, on the device of the batch.
         batch: Patches that every step sees.
-        autocast: Type that autocast brings convolutions to; float32 leaves it off.
+        precision: A precision of Lightning; it sets autocast, the module has its type already.
     """
 
     def __init__(
-        self, module: SegmentationModule, batch: Batch, autocast: torch.dtype = torch.float32
+        self, module: SegmentationModule, batch: Batch, precision: str = "32-true"
     ) -> None:
         self.module = module
         self.batch = batch
-        self.autocast = autocast
+        self.precision = precision
         self.optimizer = module.make_optimizer(module.network)
 
     @property
@@ -89,9 +90,7 @@ class TrainingStep:
 
     def __call__(self) -> None:
         """Take one step."""
-        mixed = self.autocast is not torch.float32
-        dtype = self.autocast if mixed else None
-        with torch.autocast(self.device.type, dtype, enabled=mixed):
+        with autocast(self.precision, self.device.type):
             loss = self.module.terms(self.batch)["loss"]
         self.optimizer.zero_grad()
         loss.backward()

@@ -26,6 +26,7 @@ NO_EFFECT = (
     "data.cache.root",
     "data.cache.workers",
     "inference.voxels_at_once",
+    "model.checkpointing",
     "trainer.accelerator",
     "trainer.callbacks",  # the node `callbacks`
     "trainer.default_root_dir",

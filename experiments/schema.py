@@ -89,6 +89,7 @@ RULES: dict[str, Rule] = {
     "model.depth": whole(2, 6),
     "model.bottleneck": whole(1),
     "model.dropout": number(0, below=1),
+    "model.checkpointing": one_of("none", "norms", "blocks", "levels"),
     "geometry.halo": whole(0),
     "geometry.stride": whole(1),
     "norm.groups": one_of(1, 2, 4, 8),

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_modules.networks.blocks import (
+    Conv3d,
     GroupNorm,
+    Level,
     MakeActivation,
     MakeDownsampling,
     MakeNorm,
@@ -19,6 +21,7 @@ from lightning_modules.networks.blocks import (
     Upsample,
     widths,
 )
+from lightning_modules.networks.checkpointing import CHECKPOINTING, Checkpointing
 
 # Levels beyond the paper's four repeat its deepest one.
 BLOCKS_PER_LEVEL = (1, 2, 2, 4, 4, 4)
@@ -59,6 +62,7 @@ class Encoder(nn.Module):
         activation: Makes the nonlinearity.
         downsampling: Makes the step from one level to the next coarser one.
         dropout: Probability that training sets a channel of the first convolution to zero.
+        checkpointing: What the backward pass computes anew.
     """
 
     def __init__(
@@ -69,25 +73,37 @@ class Encoder(nn.Module):
         activation: MakeActivation,
         downsampling: MakeDownsampling,
         dropout: float,
+        checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
-        down = [nn.Conv3d(in_channels, filters[0], 3, padding=1, bias=False)]
+        down: list[nn.Module] = [Conv3d(in_channels, filters[0], 3, padding=1, bias=False)]
         down += [downsampling(*pair) for pair in pairwise(filters)]
         self.down = nn.ModuleList(down)
         # Without dropout there is no layer at all, so that no random number is drawn for it.
         self.dropout = nn.Dropout3d(dropout) if dropout else nn.Identity()
         self.levels = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width, width, norm, activation) for _ in range(blocks)))
+            Level(
+                *(
+                    ResidualBlock(width, width, norm, activation, checkpointing=checkpointing)
+                    for _ in range(blocks)
+                ),
+                run=checkpointing.blocks,
+            )
             for width, blocks in zip(filters, BLOCKS_PER_LEVEL, strict=False)
         )
+        self.run = checkpointing.levels
 
     def forward(self, x: Float[Tensor, "b c x y z"]) -> list[Tensor]:
         """Compute the features (B, F, X', Y', Z') of every level, fine to coarse."""
-        first, *others = self.down
-        features = [self.levels[0](self.dropout(first(x)))]
-        for down, level in zip(others, self.levels[1:], strict=True):
-            features.append(level(down(features[-1])))
+        features: list[Tensor] = []
+        for index in range(len(self.levels)):
+            x = self.run(self._level, x, index)
+            features.append(x)
         return features
+
+    def _level(self, x: Float[Tensor, "b i x y z"], index: int) -> Float[Tensor, "b o x_ y_ z_"]:
+        x = self.down[index](x)
+        return self.levels[index](x if index else self.dropout(x))
 
 
 class Decoder(nn.Module):
@@ -99,16 +115,19 @@ class Decoder(nn.Module):
         out_channels: int,
         norm: MakeNorm,
         activation: MakeActivation,
+        checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
         coarse_to_fine = list(filters)[::-1]
         self.up = nn.ModuleList(Upsample(*pair) for pair in pairwise(coarse_to_fine))
         self.levels = nn.ModuleList(
-            ResidualBlock(width, width, norm, activation) for width in coarse_to_fine[1:]
+            ResidualBlock(width, width, norm, activation, checkpointing=checkpointing)
+            for width in coarse_to_fine[1:]
         )
         self.head = nn.Sequential(
             norm(filters[0]), activation(), nn.Conv3d(filters[0], out_channels, 1)
         )
+        self.checkpointing = checkpointing
 
     def forward(
         self,
@@ -123,10 +142,18 @@ class Decoder(nn.Module):
             sizes: Sides (X, Y, Z) of the finer levels, coarse to fine.
             skips: Features to add on the finer levels, coarse to fine; none for the autoencoder.
         """
-        for index, (up, level) in enumerate(zip(self.up, self.levels, strict=True)):
-            x = up(x, sizes[index])
-            x = level(x + skips[index] if skips else x)
-        return self.head(x)
+        for index, size in enumerate(sizes):
+            x = self.checkpointing.levels(self._level, x, index, size, *skips[index : index + 1])
+        return x
+
+    def _level(
+        self, x: Float[Tensor, "b i x_ y_ z_"], index: int, size: torch.Size, *skip: Tensor
+    ) -> Float[Tensor, "b o x y z"]:
+        x = self.up[index](x, size)
+        x = self.checkpointing.blocks(self.levels[index], x + skip[0] if skip else x)
+        if index + 1 < len(self.levels):
+            return x
+        return self.checkpointing.norms(self.head, x)
 
 
 class Bottleneck(nn.Module):
@@ -201,6 +228,7 @@ class AEUNet(nn.Module):
         downsampling: Makes the step from one level to the next coarser one.
         dropout: Probability that training sets a channel of the first convolution to zero, in a
             whole patch. Myronenko 2018 has 0.2; Frey & Nau do not mention it.
+        checkpointing: What the backward pass computes anew, a key of `CHECKPOINTING`.
 
     Raises:
         ValueError: The depth is out of range, or a side of the patches is no multiple of
@@ -220,6 +248,7 @@ class AEUNet(nn.Module):
         activation: MakeActivation = nn.LeakyReLU,
         downsampling: MakeDownsampling = StridedConv,
         dropout: float = 0.0,
+        checkpointing: str = "none",
     ) -> None:
         super().__init__()
         if not 2 <= depth <= len(BLOCKS_PER_LEVEL):
@@ -232,11 +261,14 @@ class AEUNet(nn.Module):
                 f"as {depth} levels need"
             )
         self.widths = widths(filters, ratio, depth)
-        self.encoder = Encoder(in_channels, self.widths, norm, activation, downsampling, dropout)
-        self.decoder = Decoder(self.widths, out_channels, norm, activation)
+        anew = CHECKPOINTING[checkpointing]
+        self.encoder = Encoder(
+            in_channels, self.widths, norm, activation, downsampling, dropout, anew
+        )
+        self.decoder = Decoder(self.widths, out_channels, norm, activation, anew)
         coarsest = [side // self.divisor for side in size]
         self.bottleneck = Bottleneck(self.widths[-1], coarsest, bottleneck, norm, activation)
-        self.autoencoder = Decoder(self.widths, in_channels, norm, activation)
+        self.autoencoder = Decoder(self.widths, in_channels, norm, activation, anew)
 
     def forward(self, x: Float[Tensor, "b c x y z"]) -> AEUNetOutput:
         """Segment and reconstruct training patches of the size `patch_size`."""

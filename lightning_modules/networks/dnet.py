@@ -13,6 +13,7 @@ from lightning_modules.networks.blocks import (
     Segmentation,
     widths,
 )
+from lightning_modules.networks.checkpointing import CHECKPOINTING
 from lightning_modules.networks.contracting import BLOCKS_PER_LEVEL, ContractingPath
 from lightning_modules.networks.geometry import valid_geometry
 
@@ -37,6 +38,7 @@ class DNet(nn.Module):
         norm: Makes the normalisation of so many channels.
         activation: Makes the nonlinearity.
         prior: Probability that the untrained network gives to every box, because lesions are rare.
+        checkpointing: What the backward pass computes anew, a key of `CHECKPOINTING`.
 
     Raises:
         ValueError: The patches do not fill whole boxes, or the norm uses statistics of the whole
@@ -53,12 +55,20 @@ class DNet(nn.Module):
         norm: MakeNorm = nn.BatchNorm3d,
         activation: MakeActivation = nn.ReLU,
         prior: float = 0.01,
+        checkpointing: str = "none",
     ) -> None:
         super().__init__()
         for side in (patch_size,) if isinstance(patch_size, int) else patch_size:
             GEOMETRY.output_side(side)
         self.widths = widths(filters, ratio, LEVELS)
-        self.down = ContractingPath(in_channels, self.widths, norm, activation, padding=0)
+        self.down = ContractingPath(
+            in_channels,
+            self.widths,
+            norm,
+            activation,
+            padding=0,
+            checkpointing=CHECKPOINTING[checkpointing],
+        )
         self.head = nn.Sequential(
             norm(self.widths[-1]), activation(), Logits(self.widths[-1], out_channels, prior)
         )
@@ -79,7 +89,8 @@ class DNet(nn.Module):
     def segment_volume(self, x: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x_ y_ z_"]:
         """Compute the logits of all boxes of a volume that is surrounded by zeros.
 
-        The values are those of `segment` on the volume with a halo of zeros, at less cost.
+        The values are those of `segment` on the volume with a halo of zeros, at less cost; boxes
+        without any voxel but 0 have the logits of air, far from any brain.
 
         Args:
             x: The volume, whose sides the stride divides.
@@ -87,6 +98,4 @@ class DNet(nn.Module):
         Returns:
             Logits (B, R, X / stride, Y / stride, Z / stride).
         """
-        return self.head(
-            features_against_background(self.down.levels, x, GEOMETRY.halo, LOST_PER_BLOCK)
-        )
+        return self.head(features_against_background(self.down.levels, x, *GEOMETRY))

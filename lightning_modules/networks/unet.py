@@ -16,6 +16,7 @@ from lightning_modules.networks.blocks import (
     Upsample,
     widths,
 )
+from lightning_modules.networks.checkpointing import CHECKPOINTING
 from lightning_modules.networks.contracting import BLOCKS_PER_LEVEL, ContractingPath
 
 
@@ -35,6 +36,7 @@ class UNet3D(nn.Module):
         activation: Makes the nonlinearity.
         prior: Probability that the untrained network gives to every voxel, because lesions are
             rare.
+        checkpointing: What the backward pass computes anew, a key of `CHECKPOINTING`.
 
     Raises:
         ValueError: The depth is out of range.
@@ -50,22 +52,25 @@ class UNet3D(nn.Module):
         norm: MakeNorm = GroupNorm,
         activation: MakeActivation = nn.ReLU,
         prior: float = 0.01,
+        checkpointing: str = "none",
     ) -> None:
         super().__init__()
         if not 2 <= depth <= len(BLOCKS_PER_LEVEL):
             raise ValueError(f"depth: expected 2 to {len(BLOCKS_PER_LEVEL)} levels, got {depth}")
         self.divisor = 2 ** (depth - 1)
         self.widths = widths(filters, ratio, depth)
-        self.down = ContractingPath(in_channels, self.widths, norm, activation, padding=1)
+        anew = CHECKPOINTING[checkpointing]
+        self.down = ContractingPath(in_channels, self.widths, norm, activation, 1, anew)
         coarse_to_fine = self.widths[::-1]
         self.up = nn.ModuleList(Upsample(*pair) for pair in pairwise(coarse_to_fine))
         self.levels = nn.ModuleList(
-            ResidualBlock(2 * width, width, norm, activation, padding=1)
+            ResidualBlock(2 * width, width, norm, activation, checkpointing=anew)
             for width in coarse_to_fine[1:]
         )
         self.head = nn.Sequential(
             norm(self.widths[0]), activation(), Logits(self.widths[0], out_channels, prior)
         )
+        self.checkpointing = anew
 
     def forward(self, x: Float[Tensor, "b c x y z"]) -> Segmentation:
         """Segment patches whose sides `divisor` divides."""
@@ -74,6 +79,15 @@ class UNet3D(nn.Module):
     def segment(self, x: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
         """Compute the logits of patches or volumes whose sides `divisor` divides."""
         x, *skips = reversed(self.down(x))
-        for up, level, skip in zip(self.up, self.levels, skips, strict=True):
-            x = level(torch.cat([skip, up(x, skip.shape[2:])], dim=1))
-        return self.head(x)
+        for index, skip in enumerate(skips):
+            x = self.checkpointing.levels(self._level, x, index, skip)
+        return x
+
+    def _level(
+        self, x: Float[Tensor, "b i x_ y_ z_"], index: int, skip: Float[Tensor, "b o x y z"]
+    ) -> Tensor:
+        x = torch.cat([skip, self.up[index](x, skip.shape[2:])], dim=1)
+        x = self.checkpointing.blocks(self.levels[index], x)
+        if index + 1 < len(self.levels):
+            return x
+        return self.checkpointing.norms(self.head, x)

@@ -40,6 +40,7 @@ def test_a_name_is_what_a_run_asks_however_it_is_typed():
         "callbacks.pictures.cases=1",
         "callbacks.slices.cases=0",
         "+data.cache.workers=1",
+        "model.checkpointing=levels",
         "data.cache.root=elsewhere",
         "data.num_workers=2",
         "trainer.accelerator=cpu",

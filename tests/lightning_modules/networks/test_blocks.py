@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_modules.networks.blocks import (
+    Conv3d,
     GroupNorm,
     PooledConv,
     ResidualBlock,
@@ -92,3 +93,46 @@ def test_upsampling_of_a_ramp_is_a_ramp():
     ramp = torch.arange(4.0).view(1, 1, 4, 1, 1).expand(1, 1, 4, 4, 4)
     fine = up(ramp, (8, 8, 8))[0, 0, :, 0, 0]
     torch.testing.assert_close(fine[1:-1], torch.arange(0.25, 3, 0.5)[: len(fine) - 2])
+
+
+@pytest.mark.parametrize("sides", [(8, 8, 8), (7, 6, 5), (9, 4, 4)])
+@pytest.mark.parametrize("options", [{"padding": 1}, {}, {"padding": 1, "stride": 2}])
+def test_one_image_is_convolved_like_a_batch(
+    sides: tuple[int, ...], options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+):
+    """A batch of one is cut into halves; the oracle is PyTorch's convolution in float64."""
+    conv = Conv3d(3, 5, 3, **options)
+    image, like = torch.randn(1, 3, *sides), nn.Conv3d(3, 5, 3, **options).double()
+    like.load_state_dict(conv.state_dict())
+    batches = []
+    convolve = torch.nn.functional.conv3d
+    monkeypatch.setattr(
+        torch.nn.functional, "conv3d", lambda x, *rest: batches.append(len(x)) or convolve(x, *rest)
+    )
+    results = []
+    for layer, x in ((conv, image), (like, image.double())):
+        x = x.clone().requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        results.append([t.float() for t in (y, x.grad, layer.weight.grad, layer.bias.grad)])
+    assert batches[0] == 2
+    for ours, oracle in zip(*results, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=1e-4)
+
+
+def test_group_norm_of_channels_last_has_the_gradient_of_pytorch():
+    norm, oracle = GroupNorm(24), nn.GroupNorm(6, 24).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    oracle.load_state_dict(norm.state_dict())
+    image = (2 + 3 * torch.randn(2, 24, 5, 6, 7)).contiguous(memory_format=torch.channels_last_3d)
+    weights = torch.randn_like(image)
+    results = []
+    for layer, x in ((norm, image), (oracle, image.double())):
+        x = x.clone().requires_grad_()
+        y = layer(x)
+        (y.square() * weights).sum().backward()
+        results.append([t.float() for t in (y, x.grad, layer.weight.grad, layer.bias.grad)])
+    assert "_ChannelsLastGroupNorm" in type(norm(image.requires_grad_()).grad_fn).__name__
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from errors import InputError
 from experiments.combinations import check_arguments, check_sources
 from experiments.command import BusyError, command, job
+from experiments.jobs import composed_jobs, memory_limit_gb, wants_plan
 from experiments.run import RunFolder
 from experiments.schema import checked
 from experiments.usage import usage
@@ -128,9 +130,24 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     return fit_and_test(module, datamodule, trainer, folder, plain, resume, anew=config.again)
 
 
+def plan(arguments: Sequence[str]) -> None:
+    """Say what a command would train and what that costs; nothing is written.
+
+    Raises:
+        InputError: A value or the data cannot be used, or nothing fits in `vram_gb`.
+    """
+    limit_gb = memory_limit_gb(arguments)
+    jobs = composed_jobs(arguments, Path(__file__).parent / "conf")
+    for planned in jobs:
+        check_sources(planned.config)
+    from experiments.plan import show_plan  # heavy, as above
+
+    show_plan(jobs, limit_gb)
+
+
 if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv):
         print(usage())
     else:
         with command():
-            main()
+            plan(sys.argv[1:]) if wants_plan(sys.argv[1:]) else main()

@@ -230,7 +230,16 @@ def check_writable(key: str, folder: Path) -> None:
         refuse(key, "a folder to write to", f"{there}, which you may not write to")
 
 
+def check_plan(config: Plain) -> None:
+    """Refuse what asks for a plan where none is made: `jobs.py` takes both values out before."""
+    if config.get("plan"):
+        refuse("plan", "plan=true on the command line, with no flag but -m", "it elsewhere")
+    if config.get("vram_gb") is not None:
+        refuse("vram_gb", "plan=true beside it", "a run to be trained")
+
+
 CHECKS = (
+    check_plan,
     check_split,
     check_regions,
     check_parts,

@@ -77,6 +77,8 @@ RULES: dict[str, Rule] = {
     "seed": seed,
     "again": flag,
     "compile": flag,
+    "plan": flag,
+    "vram_gb": Rule("a number above 0, or null", either(nothing, positive).accepts),
     "resume": checkpoint_or_null,
     "objective": text,
     "factors": either(nothing, text),

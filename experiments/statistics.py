@@ -127,6 +127,57 @@ def estimate(baseline: np.ndarray, level: np.ndarray) -> Estimate:
     return Estimate(difference, np.sqrt(variance), variance**2 / squares)
 
 
+class Prospect(NamedTuple):
+    """What a comparison will be able to tell four times in five (`POWER`).
+
+    Attributes:
+        detectable: The true difference that would come out as different.
+        provable: The margin within which a true difference of 0 would come out as equivalent.
+    """
+
+    detectable: float
+    provable: float
+
+
+def prospect(
+    baseline: np.ndarray, level: np.ndarray, seeds: int, alpha: float, comparisons: int
+) -> Prospect:
+    """Predict what a comparison with other numbers of seeds can tell, from a pilot of both arms.
+
+    The variances of `estimate` are taken from the pilot: that of the seeds' means and the residual
+    shrink with the number of seeds, that of the cases' differences does not. Both tests are those
+    of the first step of Holm's correction. The standard error counts as known in the margin.
+
+    Args:
+        baseline: Scores (S, N) of S pilot seeds, at least two, in N cases; NaN where undefined.
+        level: Scores (T, N) of T pilot seeds, at least two.
+        seeds: Number of seeds of each arm in the comparison that is planned, at least two.
+        alpha: Error rate of the tests over their family.
+        comparisons: Number of comparisons of the family.
+    """
+    scored = ~np.isnan(np.concatenate([baseline, level])).any(0)
+    arms = [arm[:, scored] for arm in (baseline, level)]
+    cases = int(scored.sum())
+    pilot = np.array([len(arm) for arm in arms])
+    seed_variances = np.array([arm.mean(1).var(ddof=1) for arm in arms])
+    deviations = [arm - arm.mean(0) - arm.mean(1, keepdims=True) + arm.mean() for arm in arms]
+    residuals = np.array([(d**2).sum() / (len(d) - 1) / (cases - 1) for d in deviations]) / cases
+    differences = (arms[1].mean(0) - arms[0].mean(0)).var(ddof=1) / cases
+    of_cases = max(differences - float((residuals / pilot).sum()), 0.0)
+    of_seeds = seed_variances / seeds
+    variance = of_seeds.sum() + of_cases
+    squares = (of_seeds**2).sum() / (seeds - 1)
+    squares += (of_cases + residuals.sum() / seeds) ** 2 / (cases - 1)
+    freedom = max(variance**2 / squares, seeds - 1)
+    planned = Estimate(np.zeros(()), np.sqrt(variance), np.asarray(freedom))
+    level_of_step = alpha / comparisons
+    quantiles = stats.t.isf(level_of_step, freedom) + stats.t.isf((1 - POWER) / 2, freedom)
+    return Prospect(
+        detectable=float(planned.minimum_detectable(level_of_step)),
+        provable=float(planned.standard_error * quantiles),
+    )
+
+
 def holm(p: np.ndarray) -> np.ndarray:
     """Adjust the p values of families of F tests, (..., F), by Holm's method.
 

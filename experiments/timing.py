@@ -1,15 +1,17 @@
-"""Time and memory that a trained network takes for a whole volume."""
+"""Measured: time and memory that a network takes for a whole volume and for a training step."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
-from lightning_modules.segmentation import SegmentationModule
+from experiments.cost import autocast
+from lightning_modules.segmentation import Batch, SegmentationModule
 
 MIB = 2**20
 
@@ -59,13 +61,64 @@ def peak_mib(module: SegmentationModule, volume: Float[Tensor, "c x y z"]) -> fl
     Weights and the image itself are not counted.
     """
     image = volume[None].to(module.device)
-    if image.is_cuda:
+    return _allocated_mib(lambda: module.logits(image), image.device)
+
+
+class TrainingStep:
+    """A training step that can be repeated: forward pass, loss, backward pass and optimizer.
+
+    The order is that of Lightning, which sets the gradients of the last step free when the forward
+    pass is over.
+
+    Args:
+        module: Module to train, on the device of the batch.
+        batch: Patches that every step sees.
+        precision: A precision of Lightning; it sets autocast, the module has its type already.
+    """
+
+    def __init__(
+        self, module: SegmentationModule, batch: Batch, precision: str = "32-true"
+    ) -> None:
+        self.module = module
+        self.batch = batch
+        self.precision = precision
+        self.optimizer = module.make_optimizer(module.network)
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch["image"].device
+
+    def __call__(self) -> None:
+        """Take one step."""
+        with autocast(self.precision, self.device.type):
+            loss = self.module.terms(self.batch)["loss"]
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def peak_mib(self) -> float:
+        """Measure the most memory that a step takes at once: weights, moments and batch included.
+
+        The second step is measured, because the first one makes the gradients and the moments.
+        """
+        self()
+        weights = list(self.module.network.parameters())
+        found = [*weights, *(weight.grad for weight in weights), *self.module.network.buffers()]
+        found += tree_leaves(list(self.optimizer.state.values()))
+        found += self.batch.values()
+        before = sum(x.untyped_storage().nbytes() for x in found if isinstance(x, Tensor))
+        return before / MIB + _allocated_mib(self, self.device)
+
+
+def _allocated_mib(compute: Callable[[], object], device: torch.device) -> float:
+    """Measure the most memory, in MiB, that a computation takes beside what is there before."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        module.logits(image)
+        compute()
         return (torch.cuda.max_memory_allocated() - before) / MIB
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        module.logits(image)
+        compute()
     assert recorded.profiler is not None
     assert recorded.profiler.kineto_results is not None
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from datamodules.patches import PatchDataModule
 from experiments.compilation import compile_network
-from experiments.cost import predict_cost
+from experiments.cost import predict_step
 from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import check_unseen
@@ -76,11 +76,13 @@ def fit_and_test(
     Raises:
         InputError: The data cannot be used, or the checkpoint has seen cases of the test part.
     """
-    cost = predict_cost(
-        module.network,
-        datamodule.batch_size,
-        config["model"]["in_channels"],
-        datamodule.sampler.size,
+    shape = (datamodule.batch_size, config["model"]["in_channels"], *datamodule.sampler.size)
+    step = predict_step(
+        module,
+        shape,
+        len(datamodule.regions),
+        trainer.precision,
+        trainer.strategy.root_device.type,
     )
     datamodule.prepare_data()  # faults of the user's files show before a logger starts
     datamodule.setup("fit")
@@ -93,7 +95,6 @@ def fit_and_test(
     if anew:
         folder.clear()
     if config["compile"]:
-        shape = (datamodule.batch_size, config["model"]["in_channels"], *datamodule.sampler.size)
         compile_network(module, trainer, shape)
     watch = Stopwatch()
     exit_code = 1
@@ -125,7 +126,7 @@ def fit_and_test(
         run=folder.path.name,
         choices=dict(sorted(chosen.items())),
         metrics={name: float(value) for name, value in metrics.items()},
-        cost=cost,
+        cost=step.cost,
         epochs=epochs,
         fit_s=watch.seconds["fit"],
         test_s=watch.seconds["test"],

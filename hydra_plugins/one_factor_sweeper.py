@@ -9,16 +9,17 @@ finds sweepers in packages called `hydra_plugins` only, hence this folder.
 """
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from errors import InputError
 from experiments.schema import checked
 from files import read_json, write_json
+
+T = TypeVar("T")
+UseJob = Callable[[DictConfig, DictConfig], T]  # of a job's configuration, composed and checked
 
 PLAN_NAME = "plan.json"
 BASELINE = "baseline"
@@ -72,9 +76,25 @@ class CheckedSweeper(BasicSweeper):
             InputError: The configuration of a job has a value that it cannot have.
         """
         batches = self.batches_of(overrides, max_batch_size)
-        jobs = [self.composed(job) for batch in batches for job in batch]
-        self.prepare(jobs)
+        self.prepare([self.composed(job, self.planned) for batch in batches for job in batch])
         return batches
+
+    def all_jobs(self, arguments: Sequence[str], use: UseJob[T]) -> list[T]:
+        """Compose and check all jobs, start none, and write nothing.
+
+        Args:
+            arguments: The overrides of the command line.
+            use: What to make of the configuration of each job, as composed and as checked.
+
+        Raises:
+            HydraException: A job cannot be composed.
+            InputError: The configuration of a job has a value that it cannot have.
+        """
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        (batch,) = self.batches_of(overrides, None)
+        return [self.composed(job, use) for job in batch]
 
     def batches_of(
         self, overrides: list[Override], max_batch_size: int | None
@@ -82,19 +102,18 @@ class CheckedSweeper(BasicSweeper):
         """Return the batches of jobs that the overrides ask for: of all values with all others."""
         return BasicSweeper.split_arguments(overrides, max_batch_size)
 
-    def composed(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """Compose and check the configuration of a job; return what `planned` says of it."""
+    def composed(self, overrides: Sequence[str], use: UseJob[T]) -> T:
+        """Compose and check the configuration of a job; return what `use` makes of it."""
         assert self.hydra_context is not None
         assert self.config is not None
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         HydraConfig.instance().set_config(config)  # what `${hydra:...}` refers to
         try:
-            checked(config)
-            return self.planned(config)
+            return use(config, checked(config))
         finally:
             HydraConfig.instance().set_config(self.config)
 
-    def planned(self, config: DictConfig) -> dict[str, Any]:
+    def planned(self, config: DictConfig, task: DictConfig) -> dict[str, Any]:
         """Return what `prepare` has to know of a job."""
         return {}
 
@@ -131,7 +150,7 @@ class OneFactorSweeper(CheckedSweeper):
         ]
         return [list(batch) for batch in self.split_overrides_to_chunks(jobs, max_batch_size)]
 
-    def planned(self, config: DictConfig) -> dict[str, Any]:
+    def planned(self, config: DictConfig, task: DictConfig) -> dict[str, Any]:
         """Return the entry of a cell in the plan."""
         cell = {"run": config.hydra.sweep.subdir, "seed": config.seed}
         return {**cell, "factor": config.cell.factor, "level": config.cell.level}

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from datamodules.augmentation import RandomIntensity
 from experiments.command import one_line
-from experiments.cost import predict_cost
+from experiments.cost import predict_step
 from experiments.run import identity
 from lightning_modules.networks.dnet import GEOMETRY
 from tests.conftest import ROOT
@@ -299,8 +299,10 @@ def test_the_u_net_is_trained_for_as_much_longer_than_d_net_as_in_the_paper(comp
     gflops = {}
     for model in ("dnet", "unet"):
         config = composed("experiment=krivov2018", f"model={model}")
-        network = build(config).network
-        patch = predict_cost(network, 1, config.model.in_channels, config.patches.size).gflops
+        size = config.patches.size
+        sides = [size] * 3 if isinstance(size, int) else size
+        shape = (1, config.model.in_channels, *sides)
+        patch = predict_step(build(config), shape, regions=1).cost.gflops
         gflops[model] = patch * config.patches.per_epoch * config.trainer.max_epochs
     assert gflops["unet"] / gflops["dnet"] == pytest.approx(240 / 22, rel=0.01)
 

@@ -20,6 +20,7 @@ from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import check_unseen
 from lightning_modules.segmentation import SegmentationModule
+from lightning_modules.waiting import WaitingShare
 
 # What Lightning says about choices that are meant.
 MEANT = (
@@ -96,7 +97,8 @@ def fit_and_test(
         folder.clear()
     if config["compile"]:
         compile_network(module, trainer, shape)
-    watch = Stopwatch()
+    watch, waiting = Stopwatch(), WaitingShare()
+    trainer.callbacks.append(waiting)  # pyright: ignore[reportAttributeAccessIssue]
     exit_code = 1
     try:
         for logger in trainer.loggers:
@@ -132,6 +134,7 @@ def fit_and_test(
         test_s=watch.seconds["test"],
         peak_memory_mib=peak_memory_mib(),
         device=device_name(),
+        waiting=waiting.share,
     )
 
 

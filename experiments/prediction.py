@@ -24,7 +24,7 @@ from experiments.operating_point import OperatingPoint
 from experiments.run import finished_runs
 from files import read_json, write_json, written_whole
 from lightning_modules.checkpoint import build, check_unseen, fingerprint, load_ensemble
-from lightning_modules.inference import Ensemble
+from lightning_modules.inference import Ensemble, everywhere
 from lightning_modules.memory import keep_freed
 from lightning_modules.metrics.regions import dice
 from lightning_modules.pictures import draw_case
@@ -261,7 +261,7 @@ class Predictor:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return volume, self.ensemble.computed_on(image, device)[0].numpy()
+        return volume, self.ensemble.computed_on(image, everywhere(image), device)[0].numpy()
 
     def predict(self, case: Case, output: Path) -> str:
         """Predict and write one case; returns its name and scores.

@@ -210,7 +210,7 @@ def test_a_checkpoint_computes_all_that_its_network_sees(
     )
     predictor = Predictor.from_options(dict(OmegaConf.to_container(values)))
     seen = []
-    network = predictor.ensemble.members[0].network
+    network = predictor.trained.ensemble.members[0].network
     network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     assert predictor(predictor.data_set.in_folder(healthy).cases()[:1], tmp_path / "out") == []
     assert {x.shape[1] for x in seen} == {10}  # four modalities, their similarity; on both sides

@@ -201,6 +201,9 @@ RULES: dict[str, Rule] = {
     "checkpoint": checkpoints,
     "input": text,
     "output": text,
+    "detector": either(nothing, checkpoints),
+    "detector_threshold": either(one_of("checkpoint"), share_inside),
+    "detector_margin_mm": at_least_0,
     "flips": flag,
     "thresholds": Rule(
         "checkpoint, paper, a number above 0 and below 1, one for each region as {WT: 0.5}, or a "

@@ -1,5 +1,6 @@
 """Every voxel of a mirrored patch is the opposite voxel, in training and in inference."""
 
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from datamodules.cache import Cache
 from datamodules.patches import PatchQueue, Volumes, collate_patches, finish_patches
 from datamodules.sampling import BalancedSampler, cut_with_mirrored, whole
 from grids import cut
-from lightning_modules.inference import Ensemble, SlidingWindow
+from lightning_modules.inference import Ensemble, Flip, SlidingWindow
 from tests.conftest import write_brats
 
 
@@ -112,8 +113,13 @@ class Asymmetry(nn.Module):
 
 
 class Windows(nn.Module):
-    def forward(self, image: Tensor) -> Tensor:
-        return SlidingWindow(6, overlap=0.5)(image, Asymmetry())
+    def estimates(
+        self, image: Tensor, candidates: Tensor, flips: Sequence[Flip]
+    ) -> Iterator[Tensor]:
+        return SlidingWindow(6, overlap=0.5).estimates(image, Asymmetry(), candidates, flips)
+
+    def share(self, candidates: Tensor) -> float:
+        return 1
 
 
 @pytest.mark.parametrize("side", [14, 15])
@@ -122,5 +128,5 @@ def test_windows_and_test_time_flips_keep_the_pair_together(side: int):
     image = torch.from_numpy(whole(volume, cut_with_mirrored))[None]
     expected = torch.from_numpy(volume - volume[:, ::-1])[None]
     assert expected.abs().max() > 0
-    torch.testing.assert_close(Windows()(image), expected)
+    torch.testing.assert_close(Ensemble([Windows()])(image), expected)
     torch.testing.assert_close(Ensemble([Windows()], flip_axes=(0, 1, 2))(image), expected)

@@ -304,7 +304,9 @@ class ExactTiles(Inference):
     MONAI's sliding window does not fit here: it takes the smaller output of a valid convolution for
     a coarser one, and stretches it over the window. TorchIO's aggregator refuses it.
 
-    The network's `segment_volume` segments a volume in one pass, without a halo around it.
+    The network's `segment_volume` segments a volume in one pass, without a halo around it. Boxes
+    without any voxel but 0 have the logits that it gives to a volume of zeros: what a detector says
+    about air next to a brain is of no use, and not computed.
 
     Args:
         geometry: Halo and stride of the network.
@@ -399,10 +401,17 @@ class ExactTiles(Inference):
         tile: Sequence[int],
     ) -> Float[Tensor, "b r x_ y_ z_"]:
         """Compute output tiles of sides `tile` that cover the output's grid, and join them."""
+        halo, stride = self.geometry
         logits: Tensor | None = None
+        air = in_float32(
+            network.segment_volume(padded.new_zeros(1, padded.shape[1], *[stride] * 3))
+        )
         for start in tile_starts(grid, tile):
-            seen = map(self._seen, start, tile)
-            part = in_float32(network.segment(padded[(..., *seen)]))
+            seen = padded[(..., *map(self._seen, start, tile))]
+            inner = (slice(halo, side - halo) for side in seen.shape[2:])
+            voxels = (seen[(..., *inner)] != 0).flatten(0, 1).any(0)
+            brain = F.max_pool3d(voxels[None].float(), stride)[0] > 0
+            part = torch.where(brain, in_float32(network.segment(seen)), air)
             if logits is None:
                 logits = part.new_empty(*part.shape[:2], *grid)
             predicted = (

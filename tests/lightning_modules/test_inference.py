@@ -80,6 +80,18 @@ def test_float64_stays_within_1e_12_of_one_pass(dnet: DNet):
         torch.testing.assert_close(inference(image, double), full, rtol=1e-12, atol=1e-12)
 
 
+@torch.inference_mode()
+def test_air_has_the_same_logits_in_one_pass_and_in_tiles(dnet: DNet):
+    """The air next to the brain sees it, and is not computed all the same."""
+    image = torch.zeros(2, 2, 24, 20, 16)
+    image[:, :, 9:14, 5:12, 3:9] = torch.randn(2, 2, 5, 7, 6)
+    one, tiled = (ExactTiles(GEOMETRY, n).coarse(image, dnet) for n in (IN_ONE_PASS, IN_TILES))
+    torch.testing.assert_close(one, tiled, rtol=1e-4, atol=1e-5)
+    air = torch.ones(one.shape[2:], dtype=torch.bool)
+    air[2:4, 1:3, 0:3] = False
+    assert (one[..., air] == one[..., :1, :1, 0]).all()
+
+
 class OwnBox(nn.Module):
     """D-Net's geometry without its context: predicts the highest value of each box."""
 

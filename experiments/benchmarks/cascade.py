@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument(
         "--thresholds", type=float, nargs="+", default=THRESHOLDS, help="beside the detector's own"
     )
-    parser.add_argument("--margin-mm", type=float, default=10, help="default: %(default)s")
+    parser.add_argument("--margin-mm", type=float, default=5, help="default: %(default)s")
     parser.add_argument("--flips", action="store_true", help="average all mirror images")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=2, help="default: %(default)s")

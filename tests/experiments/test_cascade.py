@@ -236,7 +236,7 @@ def test_predictions_of_another_detector_are_refused(
         ("detector", str(other), "detector is "),
         ("detector", None, r"detector is .* there and None here"),
         ("detector_threshold", 0.25, "detector_threshold is 0.5 there and 0.25 here"),
-        ("detector_margin_mm", 3, "detector_margin_mm is 10.0 there and 3.0 here"),
+        ("detector_margin_mm", 3, "detector_margin_mm is 5.0 there and 3.0 here"),
     ):
         with pytest.raises(InputError, match=line):
             predict_folder({**asked, key: value})

@@ -159,6 +159,7 @@ RULES: dict[str, Rule] = {
     "inference.patch_size": sides,
     "inference.overlap": number(0, below=1),
     "inference.batch_size": whole(1),
+    "inference.least_side": whole(1),
     "inference.voxels_at_once": whole(1),
     "metrics.ranked_by": text,
     "metrics.scores.threshold": share_inside,

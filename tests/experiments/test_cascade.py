@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 
 from datamodules.nifti import identify
 from errors import InputError
+from experiments.benchmarks import cascade as curve
 from experiments.cascade import WhereItFires
 from experiments.prediction import Estimate, Predictor, predict_folder
 from tests.conftest import options_of, untrained, write_brats, write_case
@@ -234,7 +236,7 @@ def test_predictions_of_another_detector_are_refused(
         ("detector", str(other), "detector is "),
         ("detector", None, r"detector is .* there and None here"),
         ("detector_threshold", 0.25, "detector_threshold is 0.5 there and 0.25 here"),
-        ("detector_margin_mm", 3, "detector_margin_mm is 10.0 there and 3.0 here"),
+        ("detector_margin_mm", 3, "detector_margin_mm is 5.0 there and 3.0 here"),
     ):
         with pytest.raises(InputError, match=line):
             predict_folder({**asked, key: value})
@@ -267,3 +269,40 @@ def test_a_case_that_the_detector_has_seen_is_said(
     asked = {"input": brains, "output": tmp_path / "out", "detector": detector}
     predict_folder(options_of("predict", checkpoint=network, **asked))
     assert f"{detector}: expected test cases that it has not seen" in caplog.text
+
+
+def test_a_case_of_the_curve_is_scored_by_hand():
+    truth = np.zeros((2, 8, 8, 8), bool)
+    truth[0, 1:3, 1:3, 1:3] = truth[0, 6, 6, 6] = True  # two lesions, of 8 voxels and of 1
+    probabilities = np.zeros(truth.shape, np.float32)
+    probabilities[0, 1:3, 1:3, 1] = 0.8  # half of the first
+    probabilities[0, 4, 0, 7] = 0.8  # no lesion
+    found = curve.scored(probabilities, truth, threshold=0.5)
+    assert (found.lesions, found.detected, found.false_positives) == (2, 1, 1)
+    assert found.dice == pytest.approx(2 * 4 / (5 + 9))  # the case has not the second region
+    assert np.isnan(curve.scored(probabilities, ~truth & truth, threshold=0.5).dice)
+    none = found._replace(dice=float("nan"), lesions=0, detected=0, false_positives=4)
+    cases = [case._replace(seconds=s, share=0.5) for case, s in ((found, 1.0), (none, 3.0))]
+    assert curve.Point.of_cases("0.5", cases) == ("0.5", 2, 0.5, found.dice, 0.5, 2.5)
+
+
+def test_the_curve_begins_and_ends_at_the_network_alone_and_at_nothing(
+    checkpoint: MakeCheckpoint, brains: Path, tmp_path: Path
+):
+    network, detector = checkpoint(*UNET), checkpoint(*DNET)
+    options = options_of("predict", checkpoint=network, detector=detector)
+    predictors, own = curve.predictors_of(options, brains, [1e-9, 1 - 1e-9])
+    assert own == "0.5"  # in the checkpoint of a detector without training
+    cases = predictors[own].cases()[:1]
+    alone, everywhere, _, nowhere = curve.measured(predictors, cases, repeats=2)
+    assert everywhere.name == "1e-09"
+    assert everywhere[2:] == alone[2:]
+    assert (nowhere.share, nowhere.dice, nowhere.sensitivity) == (0, 0, 0)
+    rows = curve.rows_of([alone, everywhere], own="1e-09")
+    assert rows[1]["detector's threshold"] == "1e-09 (its own)"
+    assert float(rows[1]["times as fast"]) == pytest.approx(
+        alone.seconds / everywhere.seconds, abs=0.05
+    )
+    curve.draw([alone, everywhere, nowhere], "1e-09", tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert np.asarray(picture).std() > 10

@@ -396,7 +396,8 @@ def test_every_option_passes_and_every_key_has_a_rule_or_is_free():
     assert without == set()
     keys = {key for key, _ in places}
     used = {pattern for key in keys for pattern in schema.RULES if schema.matches(key, pattern)}
-    optional = {"data.cache.workers", "data.sampler.lesion_in", "inference.batch_size"}
+    optional = {"data.cache.workers", "data.sampler.lesion_in"}
+    optional |= {"inference.batch_size", "inference.least_side"}
     assert set(schema.RULES) - used == optional  # arguments that conf/ leaves at their defaults
 
 

@@ -391,5 +391,5 @@ def test_help_and_typos_are_answered_without_torch(
 def test_every_network_is_a_choice():
     """File `aeunet.py` is class `AEUNet` is `model=aeunet`."""
     files = {path.stem for path in (ROOT / "lightning_modules/networks").glob("*.py")}
-    parts = {"__init__", "background", "blocks", "contracting", "geometry"}
+    parts = {"__init__", "background", "blocks", "checkpointing", "contracting", "geometry"}
     assert set(OPTIONS["model"]) == files - parts

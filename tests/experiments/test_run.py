@@ -94,7 +94,13 @@ def test_what_has_no_effect_is_part_of_the_configuration():
         for key in dotted.split("."):
             assert key in node, dotted
             node = node[key]
-    assert set(identity(config)) == set(IDENTITY) - {"resume"}  # of the few that resume
+    # Those of the few runs that resume or compile.
+    assert set(identity(config)) == set(IDENTITY) - {"resume", "compile"}
+
+
+def test_compiling_rounds_differently_and_has_a_name_of_its_own():
+    assert name("compile=true") != name()
+    assert name("compile=false") == name()
 
 
 HOLD = """

@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test benchmark lint format clean
 
 help:
 	@echo "make demo    phantoms, training, scores and pictures, in minutes"
 	@echo "make test    all tests"
+	@echo "make benchmark  steps, memory, whole volumes and growth on this machine, in tables"
 	@echo "make lint    ruff, pyright, bandit, known faults of packages"
 	@echo "make format  ruff, in place"
 
@@ -37,6 +38,9 @@ demo: | $(BIN)/python
 
 test: $(BIN)/.dev
 	$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
+
+benchmark: $(BIN)/.installed
+	$(BIN)/python -m experiments.benchmarks.hardware $(BENCHMARK_ARGS)
 
 $(BIN)/.lint: $(BIN)/.dev
 	$(INSTALL) --editable '.[lint]'

@@ -55,3 +55,10 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
     numbers = np.empty(mask.shape, np.int32)
     ndimage.label(mask, np.ones((3, 3, 3), bool), output=numbers)  # scipy's default is 6-connected
     return numbers, int(numbers.max(initial=0))
+
+
+def component_boxes(mask: np.ndarray) -> list[tuple[slice, ...]]:
+    """Return the bounding box of each 26-connected component of a mask (X, Y, Z)."""
+    from scipy import ndimage
+
+    return ndimage.find_objects(components(mask)[0])

@@ -1,9 +1,17 @@
-"""Random changes of the intensities of a patch; flips and other geometry are TorchIO's."""
+"""Random changes of a patch: what TorchIO's flips and our intensities do, drawn before it is done.
+
+TorchIO changes one patch after the other on the CPU, as float32. Flips cost nothing in the copy
+that cuts a patch out of its volume, and intensities are changed on the device, as one batch. So the
+loader only draws them, with the same random numbers as TorchIO.
+"""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
+import torch
 import torchio as tio
+from torch import Tensor
 from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.intensity_transform import IntensityTransform
 
@@ -29,6 +37,32 @@ def modality_of_channels(
     for extra in extras.values():
         channels += range(modalities) if isinstance(extra, MirroredByTemplate) else [None]
     return channels * 2 if mirrored else channels
+
+
+def change_intensities(image: Tensor, scale_and_shift: Tensor) -> Tensor:
+    """Scale and shift the foreground of every channel, in place.
+
+    Args:
+        image: (..., C, X, Y, Z), float32. Voxels of exactly 0 are background, and stay 0.
+        scale_and_shift: (..., C, 2), float32, or (..., 0, 2), which leaves all as it is.
+
+    Returns:
+        `image`.
+
+    Raises:
+        InputError: The image has another number of channels.
+    """
+    channels, expected = image.shape[-4], scale_and_shift.shape[-2]
+    if not expected:
+        return image
+    if channels != expected:
+        raise InputError(
+            f"inputs.extras: expected {expected} channels to augment, found {channels}"
+        )
+    scale, shift = scale_and_shift[..., None, None, None].unbind(-4)
+    # 1 in the foreground, 0 in the background; a comparison takes twice as long.
+    foreground = image.sign().abs_()
+    return image.mul_(scale).addcmul_(foreground, shift)
 
 
 class RandomIntensity(RandomTransform, IntensityTransform):
@@ -74,21 +108,77 @@ class RandomIntensity(RandomTransform, IntensityTransform):
 
     def apply_transform(self, subject: tio.Subject) -> tio.Subject:
         """Change every image (C, X, Y, Z), float32, of a subject; its label maps stay."""
+        scale_and_shift = self.draw()
+        for image in self.get_images(subject):
+            change_intensities(image.data, scale_and_shift)
+        return subject
+
+    def draw(self) -> Tensor:
+        """Draw the scale and the shift of each channel, (C, 2), float32."""
         draws = [
             (self.sample_uniform(*self.scale), self.sample_uniform(*self.shift))
             for _ in range(self.modalities)
         ]
-        for image in self.get_images(subject):
-            channels = image.data
-            if len(channels) != len(self.modality_of_channels):
-                raise InputError(
-                    f"inputs.extras: expected {len(self.modality_of_channels)} channels to "
-                    f"augment, found {len(channels)}"
-                )
-            for channel, modality in zip(channels, self.modality_of_channels, strict=True):
-                if modality is not None:
-                    scale, shift = draws[modality]
-                    # 1 in the foreground, 0 in the background; a comparison takes twice as long.
-                    foreground = channel.sign().abs_()
-                    channel.mul_(scale).add_(foreground, alpha=shift)
-        return subject
+        unchanged = (1.0, 0.0)
+        return torch.tensor(
+            [unchanged if m is None else draws[m] for m in self.modality_of_channels]
+        )
+
+
+class Changes(NamedTuple):
+    """What an augmentation does to one patch.
+
+    Attributes:
+        flips: Whether it flips the patch along x, y and z.
+        scale_and_shift: (C, 2) or (0, 2), what it does to intensities, see `change_intensities`.
+    """
+
+    flips: tuple[bool, bool, bool]
+    scale_and_shift: Tensor
+
+
+UNCHANGED = Changes((False, False, False), torch.empty(0, 2))
+
+
+def can_be_drawn(transform: object) -> bool:
+    """Tell whether `draw_changes` can say what a transform does: the options of conf/ all can."""
+    steps = [transform]
+    intensities = 0
+    while steps:
+        step = steps.pop()
+        if type(step) is tio.Compose:
+            steps += step.transforms
+        elif type(step) is RandomIntensity:
+            intensities += 1
+        elif type(step) is not tio.RandomFlip or not all(type(axis) is int for axis in step.axes):
+            return False
+        if step.include or step.exclude or step.keep:
+            return False
+    return intensities <= 1
+
+
+def draw_changes(transform: tio.Transform) -> Changes:
+    """Draw what a transform of TorchIO does, with the random numbers that it would draw itself.
+
+    Args:
+        transform: One of which `can_be_drawn` is true.
+    """
+    flips, scale_and_shift = list(UNCHANGED.flips), UNCHANGED.scale_and_shift
+    steps = [transform]
+    while steps:
+        step = steps.pop(0)
+        if torch.rand(1).item() > step.probability:  # every transform of TorchIO begins so
+            continue
+        if isinstance(step, tio.Compose):
+            steps = [*step.transforms, *steps]
+        elif isinstance(step, tio.RandomFlip):
+            drawn = step.get_params(step.flip_probability)
+            axes = [axis for axis in range(3) if drawn[axis] and axis in step.axes]
+            if axes:
+                torch.rand(1)  # TorchIO leaves the flip to a second transform, which begins so too
+            for axis in axes:
+                flips[axis] = not flips[axis]
+        elif isinstance(step, RandomIntensity):
+            scale_and_shift = step.draw()
+    x, y, z = flips
+    return Changes((x, y, z), scale_and_shift)

@@ -33,12 +33,14 @@ class DataSet(Protocol):
     """Where cases come from, and what their labels mean.
 
     Attributes:
+        root: Folder of the data set.
         modalities: Modalities of every case, in the order of the network's input channels.
         regions: Regions to segment, in the order of the network's output channels.
         file_values: Canonical label -> its value in this data set's files, for label maps that are
             written for its cases.
     """
 
+    root: Path
     modalities: Sequence[str]
     regions: Sequence[str]
 

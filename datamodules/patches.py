@@ -4,6 +4,7 @@ Order, place, scale and augmentation of a patch are a function of (seed, epoch, 
 that any number of worker processes, and a resumed run, see the same stream of patches.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -13,13 +14,25 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torchio as tio
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import grids
+from datamodules.augmentation import UNCHANGED, can_be_drawn, change_intensities, draw_changes
 from datamodules.cache import Cache, CachedCase
 from datamodules.cases import Case, DataSet
 from datamodules.preprocessing import on_scan_grid
-from datamodules.sampling import BalancedSampler, Cut, as_subject, cut_with_mirrored, whole
+from datamodules.resampling import resample_image
+from datamodules.sampling import (
+    BalancedSampler,
+    Box,
+    Cut,
+    as_subject,
+    cut_flipped,
+    cut_with_mirrored,
+    flipped,
+    whole,
+)
 from datamodules.splits import SPLIT_NAME, Split, check_distinct, with_masks
 from errors import InputError
 
@@ -105,8 +118,13 @@ class PatchQueue(tio.Queue):
     Every case is visited equally often: once in each round of patches with a lesion (if it has
     one) and once in each round of the other patches.
 
+    A patch is drawn here and its labels are resampled, as the balance hangs on them. Its image is
+    scaled on the device, by `finish_patches`: that is most of the work, and the box that a patch
+    shows, in float16, has fewer bytes. Flips cost nothing in the copy out of the volume.
+
     An item, by its key (epoch, index), is a dict with
-        `image`: (C, X, Y, Z), float32: the channels that the network sees;
+        `box`: (C, x, y, z), float16: the voxels that the patch shows, flipped as it is;
+        `scale_and_shift`: (C, 2) or (0, 2), float32: see `augmentation.change_intensities`;
         `mask`: (R, X, Y, Z), bool: the regions of the data set;
         `case`: str: name of the case.
 
@@ -114,7 +132,9 @@ class PatchQueue(tio.Queue):
         cases: Cases of the cache to cut patches from.
         data_set: Turns labels into regions.
         sampler: Draws a patch from a case.
-        augmentation: TorchIO transform of a subject with `image` and `labels`.
+        augmentation: TorchIO transform of a subject with `image` and `labels`. Flips and one
+            `RandomIntensity` cost little. Any other transform runs here, on the patch in its final
+            size and in float32, which then is the `box`.
         patches_per_epoch: Length of the queue.
         seed: Seed of the stream of patches.
 
@@ -161,10 +181,12 @@ class PatchQueue(tio.Queue):
         self.data_set = data_set
         self.balanced_sampler = sampler  # `sampler` is TorchIO's name, of a more general type
         self.augmentation = augmentation
+        self.only_draws = can_be_drawn(augmentation)
         self.seed = seed
         every_label = np.arange(256, dtype=np.uint8).reshape(-1, 1, 1)
+        self.regions_of_labels = data_set.to_regions(every_label).reshape(-1, 256)
         # Regions are nested, so the more of them have a label, the further inside it lies.
-        self.nesting = data_set.to_regions(every_label).sum(0).ravel()
+        self.nesting = self.regions_of_labels.sum(0)
 
     @property
     def iterations_per_epoch(self) -> int:
@@ -177,17 +199,38 @@ class PatchQueue(tio.Queue):
         sampler = self.balanced_sampler
         case = self.case_of(epoch, index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_hashed(self.seed, epoch, index))
+            # `torch.manual_seed` would seed a GPU too or, as long as there is none, note for each
+            # call to do so later.
+            torch.default_generator.manual_seed(_hashed(self.seed, epoch, index))
             wants_lesion = sampler.wants_lesion(index)
             lesion = sampler.draw_lesion(case) if wants_lesion else case.lesion[:0]
-            drawn = sampler.draw(case.image, case.labels, lesion, self.nesting)
-            patch: Any = self.augmentation(as_subject(drawn))
-        labels = patch["labels"].data[0].numpy().astype(np.uint8)
+            drawn = sampler.draw_box(case.image, case.labels, lesion, self.nesting)
+            if not self.only_draws:
+                return self._transformed(case, drawn)
+            changes = draw_changes(self.augmentation)  # pyright: ignore[reportArgumentType]
         return {
-            "image": patch["image"].data,
-            "mask": torch.from_numpy(self.data_set.to_regions(labels)),
+            "box": torch.from_numpy(cut_flipped(case.image, drawn, sampler.cut, changes.flips)),
+            "scale_and_shift": changes.scale_and_shift,
+            "mask": self._mask(flipped(drawn.labels, changes.flips)),
             "case": case.name,
         }
+
+    def _transformed(self, case: CachedCase, box: Box) -> dict[str, Any]:
+        """Return the item of a patch that TorchIO changes."""
+        patch: Any = self.augmentation(as_subject(self.balanced_sampler.patch(case.image, box)))
+        return {
+            "box": patch["image"].data,
+            "scale_and_shift": UNCHANGED.scale_and_shift,
+            "mask": self._mask(patch["labels"].data[0].numpy().astype(np.uint8)),
+            "case": case.name,
+        }
+
+    def _mask(self, labels: np.ndarray) -> Tensor:
+        """Turn labels (X, Y, Z) into regions (R, X, Y, Z), bool; only where there are any."""
+        mask = np.zeros((len(self.regions_of_labels), *labels.shape), bool)
+        inside = grids.bounding_box(labels > 0)
+        mask[(slice(None), *inside)] = self.regions_of_labels.take(labels[inside], axis=1)
+        return torch.from_numpy(mask)
 
     def case_of(self, epoch: int, index: int) -> CachedCase:
         """Return the case that patch `index` of an epoch is cut from."""
@@ -198,6 +241,42 @@ class PatchQueue(tio.Queue):
         visits, position = divmod(place, len(eligible))
         order = _permutation(len(eligible), self.seed, epoch, visits, wants_lesion)
         return self.cases[eligible[order[position]]]
+
+
+def collate_patches(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join items of `PatchQueue` to a batch.
+
+    The boxes differ in size: `boxes` are all their voxels, one after the other, and `sides` the
+    shape of each, so that no byte of padding goes to the device.
+    """
+    boxes = [item["box"] for item in items]
+    others = [{key: item[key] for key in item if key != "box"} for item in items]
+    voxels = [box.flatten() for box in boxes]
+    return {
+        "boxes": torch.cat(voxels) if len(voxels) > 1 else voxels[0],  # a batch of one: no copy
+        "sides": [tuple(box.shape) for box in boxes],
+        **default_collate(others),
+    }
+
+
+def finish_patches(batch: dict[str, Any]) -> dict[str, Any]:
+    """Scale the images of a batch, then change their intensities, on the device where they are.
+
+    Args:
+        batch: What `collate_patches` returns.
+
+    Returns:
+        `image`: (B, C, X, Y, Z), float32, with `mask` and `case` as they were.
+    """
+    size = batch["mask"].shape[2:]
+    voxels = batch["boxes"].split([math.prod(shape) for shape in batch["sides"]])
+    images = [
+        resample_image(box.view(shape), size)
+        for box, shape in zip(voxels, batch["sides"], strict=True)
+    ]
+    image = torch.stack(images) if len(images) > 1 else images[0][None]  # one: no copy
+    image = change_intensities(image, batch["scale_and_shift"])
+    return {"image": image, "mask": batch["mask"], "case": batch["case"]}
 
 
 class EpochSampler(Sampler[PatchKey]):
@@ -337,10 +416,15 @@ class PatchDataModule(pl.LightningDataModule):
             queue,
             batch_size=self.batch_size,
             sampler=keys,
+            collate_fn=collate_patches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Finish a batch of patches on the device of the network; Lightning calls this."""
+        return finish_patches(batch) if "boxes" in batch else batch
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Serve the validation cases as whole volumes, one by one."""

@@ -6,24 +6,33 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchio as tio
 from torch import Tensor
 from torchio.data import PatchSampler
 
 import grids
 from datamodules.cache import CachedCase
+from datamodules.resampling import interpolation, resample_image, resample_labels
 from errors import InputError
 
 # Takes the channels (C, X, Y, Z) of a case, the first voxel of a box and its sides; returns the
 # channels that a network sees there.
 Cut = Callable[[np.ndarray, Sequence[int], Sequence[int]], np.ndarray]
 
-# A voxel of a scaled patch belongs to a region that has this share of it. Interpolation rounds
-# convex shapes off, so that one half would shrink small lesions: against analytic balls of a radius
-# of 2 voxels, .45 scores a Dice of .89 and .5 one of .87; from a radius of 5 on the two are equal.
-LEAST_SHARE = 0.45
-ROUNDING = 1e-4  # so that a share that equals the least one counts on every machine
+
+class Box(NamedTuple):
+    """What a patch shows of a volume; resampled to the size of the patch, it is the patch.
+
+    Attributes:
+        start: First voxel of the box, which may lie outside the volume.
+        sides: Voxels of the volume along x, y and z.
+        labels: (X, Y, Z) uint8, canonical, at the size of the patch already: whether they have a
+            lesion decides whether the box is taken.
+    """
+
+    start: tuple[int, int, int]
+    sides: tuple[int, int, int]
+    labels: np.ndarray
 
 
 def cut_with_mirrored(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
@@ -38,6 +47,32 @@ def cut_with_mirrored(volume: np.ndarray, start: Sequence[int], size: Sequence[i
     """
     own, opposite = grids.cut(volume, start, size), grids.cut(volume[:, ::-1], start, size)
     return np.concatenate([own, opposite])
+
+
+def flipped(volume: np.ndarray, flips: Sequence[bool]) -> np.ndarray:
+    """Return a view of a volume (..., X, Y, Z), flipped along the axes that `flips` says."""
+    return volume[(..., *(slice(None, None, -1 if flip else 1) for flip in flips))]
+
+
+def cut_flipped(volume: np.ndarray, box: Box, cut: Cut, flips: Sequence[bool]) -> np.ndarray:
+    """Cut a box out of (C, X, Y, Z) and flip it, in one copy.
+
+    Interpolation is symmetric, so that a box that is flipped and scaled is one that is scaled and
+    flipped.
+
+    Args:
+        volume: Channels of the cache; may be memory-mapped.
+        box: What to cut.
+        cut: Function that cuts without flipping, `BalancedSampler.cut`.
+        flips: Whether to flip along x, y and z.
+    """
+    start = [
+        extent - first - side if flip else first
+        for extent, first, side, flip in zip(
+            volume.shape[1:], box.start, box.sides, flips, strict=True
+        )
+    ]
+    return cut(flipped(volume, flips), start, box.sides)
 
 
 def whole(volume: np.ndarray, cut: Cut) -> np.ndarray:
@@ -172,7 +207,22 @@ class BalancedSampler(PatchSampler):
         lesion: np.ndarray,
         nesting: np.ndarray | None = None,
     ) -> Patch:
-        """Draw a patch with torch's global random generator.
+        """Draw a patch with torch's global random generator; see `draw_box`."""
+        return self.patch(image, self.draw_box(image, labels, lesion, nesting))
+
+    def patch(self, image: np.ndarray, box: Box) -> Patch:
+        """Return what a box shows of an image (C, X, Y, Z), at the size of the patch."""
+        voxels = torch.from_numpy(self.cut(image, box.start, box.sides))
+        return Patch(resample_image(voxels, self.size), torch.from_numpy(box.labels))
+
+    def draw_box(
+        self,
+        image: np.ndarray,
+        labels: np.ndarray,
+        lesion: np.ndarray,
+        nesting: np.ndarray | None = None,
+    ) -> Box:
+        """Draw what a patch shows, with torch's global random generator.
 
         Args:
             image: (C, X, Y, Z); may be memory-mapped, only the box is read.
@@ -191,34 +241,45 @@ class BalancedSampler(PatchSampler):
         for _ in range(self.SCALED_ATTEMPTS):
             scale = self._draw_scale()
             start = self._draw_start(labels, lesion, scale)
-            patch = self._cut_patch(image, labels, start, scale, nesting)
+            box = self._box(labels, start, scale, nesting)
             # A lesion of a few voxels can fall between the grid points of a coarser patch.
-            if not len(lesion) or self.contains_lesion(patch):
-                return patch
+            if not len(lesion) or self.contains_lesion(box):
+                return box
         start = self._draw_start(labels, lesion, scale=1)
-        return self._cut_patch(image, labels, start, 1, nesting)
+        return self._box(labels, start, 1, nesting)
 
-    def _draw_lesion_free(
-        self, image: np.ndarray, labels: np.ndarray, nesting: np.ndarray
-    ) -> Patch:
+    def _draw_lesion_free(self, image: np.ndarray, labels: np.ndarray, nesting: np.ndarray) -> Box:
         for _ in range(self.LESION_FREE_ATTEMPTS):
             scale = self._draw_scale()
             start = self._draw_start(labels, labels[:0], scale)
-            patch = self._cut_patch(image, labels, start, scale, nesting)
+            box = self._box(labels, start, scale, nesting)
             # Patches of nothing but air are drawn again: they teach a network nothing.
-            if not self.contains_lesion(patch) and patch.image[(..., *self._counted_box)].any():
-                return patch
+            if not self.contains_lesion(box) and not self._shows_air_alone(image, box):
+                return box
         starts = self._lesion_free_starts(labels)
         if not len(starts):
             raise InputError(
                 "sampler.others: expected a lesion-free patch, found none in this volume"
             )
         start = starts[int(torch.randint(len(starts), ()))]
-        return self._cut_patch(image, labels, _triple(int(first) for first in start), 1, nesting)
+        return self._box(labels, _triple(int(first) for first in start), 1, nesting)
 
-    def contains_lesion(self, patch: Patch) -> bool:
-        """Tell whether a patch has a lesion in the part that counts, see `lesion_in`."""
-        return bool(patch.labels[self._counted_box].any())
+    def contains_lesion(self, box: Box) -> bool:
+        """Tell whether the patch of a box has a lesion in the part that counts, see `lesion_in`."""
+        return bool(box.labels[self._counted_box].any())
+
+    def _shows_air_alone(self, image: np.ndarray, box: Box) -> bool:
+        """Tell whether the patch of a box is zero in all of the part that counts.
+
+        Nearly always the first channel tells that it is not.
+        """
+        used = [
+            interpolation(source, length).used(counted.start, counted.stop)
+            for source, length, counted in zip(box.sides, self.size, self._counted_box, strict=True)
+        ]
+        start = [first + inside.start for first, inside in zip(box.start, used, strict=True)]
+        sides = [inside.stop - inside.start for inside in used]
+        return not any(self.cut(channel[None], start, sides).any() for channel in image)
 
     @property
     def _counted_box(self) -> tuple[slice, ...]:
@@ -278,24 +339,14 @@ class BalancedSampler(PatchSampler):
             )
         return np.argwhere(sums == 0) + [first for first, _ in ranges]
 
-    def _cut_patch(
-        self,
-        image: np.ndarray,
-        labels: np.ndarray,
-        start: tuple[int, int, int],
-        scale: float,
-        nesting: np.ndarray,
-    ) -> Patch:
-        """Cut the box that a patch shows at a scale, and resample it to the size of the patch."""
-        size, _ = self._source_box(scale, self.halo)
-        box_image = torch.from_numpy(self.cut(image, start, size)).float()
-        box_labels = grids.cut(labels, start, size)
-        if size != self.size:
-            box_image = F.interpolate(
-                box_image[None], self.size, mode="trilinear", align_corners=False
-            )[0]
-            box_labels = resample_labels(box_labels, self.size, nesting)
-        return Patch(box_image, torch.from_numpy(box_labels))
+    def _box(
+        self, labels: np.ndarray, start: tuple[int, int, int], scale: float, nesting: np.ndarray
+    ) -> Box:
+        """Return the box that a patch shows at a scale."""
+        sides, _ = self._source_box(scale, self.halo)
+        return Box(
+            start, sides, resample_labels(grids.cut(labels, start, sides), self.size, nesting)
+        )
 
     def _generate_patches(
         self, subject: tio.Subject, num_patches: int | None = None
@@ -309,88 +360,6 @@ class BalancedSampler(PatchSampler):
             patch = self.draw(image, labels, lesion if self.wants_lesion(index) else lesion[:0])
             yield as_subject(patch)
             index += 1
-
-
-def resample_labels(
-    labels: np.ndarray, size: tuple[int, int, int], nesting: np.ndarray
-) -> np.ndarray:
-    """Resample labels so that every region follows the image, which is interpolated trilinearly.
-
-    Nearest neighbours would lag the image by up to half a voxel. Instead, each region is a mask of
-    zeros and ones that is interpolated as the image is, and holds where it reaches `LEAST_SHARE`.
-    A part of a region that reaches it nowhere near keeps its nearest voxels, so that the smallest
-    lesions do not vanish from the labels while the image still shows them.
-
-    Args:
-        labels: (X, Y, Z) uint8, canonical.
-        size: Shape of the result. Its corners are those of `labels`, as with
-            `F.interpolate(..., align_corners=False)`.
-        nesting: (256,), a number for each label. A label and all labels of higher numbers form a
-            region; it lies inside the regions of labels of lower numbers.
-
-    Returns:
-        Labels of shape `size`, uint8.
-    """
-    resampled = np.zeros(size, np.uint8)
-    # Only the surroundings of a region can be in it, and they are a small part of most patches.
-    outer = _widened(grids.bounding_box(labels > 0))
-    found = labels[outer]
-    present = np.flatnonzero(np.bincount(found.ravel()))
-    region = found > 0
-    for label in sorted(present[present > 0], key=lambda label: nesting[label]):
-        inner = _widened(grids.bounding_box(region))
-        nearest = region[inner]
-        shares = torch.from_numpy(nearest).float()
-        target: list[slice] = []
-        for axis, (around, side) in enumerate(zip(outer, inner, strict=True)):
-            box = slice(around.start + side.start, around.start + side.stop)
-            weights, reached = _linear_weights(labels.shape[axis], size[axis], box)
-            # Each turn interpolates the first axis and puts it last: after three, all is in order.
-            shares = shares.movedim(0, -1) @ weights.T
-            nearest = nearest.take(weights.argmax(1).numpy(), axis)
-            target.append(reached)
-        is_inside = shares.numpy() >= LEAST_SHARE - ROUNDING
-        is_inside |= nearest & ~_dilated(is_inside)
-        resampled[tuple(target)][is_inside] = label
-        region &= found != label
-    return resampled
-
-
-def _widened(box: tuple[slice, ...]) -> tuple[slice, ...]:
-    """Widen a box by a voxel at each side; its end may lie beyond the volume."""
-    return tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)
-
-
-def _linear_weights(source: int, length: int, side: slice) -> tuple[Tensor, slice]:
-    """Return the weights of linear interpolation along one axis.
-
-    Args:
-        source: Voxels along the axis.
-        length: Voxels along the axis after interpolation.
-        side: Voxels that matter; those beyond the source are left out.
-
-    Returns:
-        Weights (N, S) of the S voxels of `side` in the N voxels that they reach; these N voxels.
-    """
-    identity = torch.eye(source)[None]
-    weights = F.interpolate(identity, length, mode="linear", align_corners=False)[0].T[:, side]
-    reached = weights.any(1).nonzero().flatten().tolist()
-    target = slice(reached[0], reached[-1] + 1) if reached else slice(0, 0)
-    return weights[target], target
-
-
-def _dilated(mask: np.ndarray) -> np.ndarray:
-    """Add the 26 neighbours of all true voxels to a mask (X, Y, Z)."""
-    dilated = mask.copy()
-    dilated[1:] |= mask[:-1]
-    dilated[:-1] |= mask[1:]
-    mask = dilated.copy()
-    dilated[:, 1:] |= mask[:, :-1]
-    dilated[:, :-1] |= mask[:, 1:]
-    mask = dilated.copy()
-    dilated[:, :, 1:] |= mask[:, :, :-1]
-    dilated[:, :, :-1] |= mask[:, :, 1:]
-    return dilated
 
 
 def as_subject(patch: Patch) -> tio.Subject:

@@ -196,14 +196,17 @@ def check_folders(config: Plain) -> None:
     """Check the files and folders that predict.py and evaluate.py are called with."""
     if "checkpoint" not in config:
         return
-    checkpoint, predictions = config["checkpoint"], config.get("predictions")
-    found = [checkpoint] if isinstance(checkpoint, str) else checkpoint
-    if predictions is None:
-        if not found:
-            refuse("checkpoint", "one or more", "none")
-        for path in found:
+    detector, threshold = config.get("detector"), config.get("detector_threshold", "checkpoint")
+    for key, paths in (("checkpoint", config["checkpoint"]), ("detector", detector)):
+        if paths is None or config.get("predictions") is not None:
+            continue
+        if not paths:
+            refuse(key, "one or more", "none")
+        for path in [paths] if isinstance(paths, str) else paths:
             if not Path(path).exists():
-                refuse("checkpoint", "a file or the folder of a run", f"nothing at {path}")
+                refuse(key, "a file or the folder of a run", f"nothing at {path}")
+    if detector is None and threshold != "checkpoint":
+        refuse("detector_threshold", "checkpoint, as there is no detector", threshold)
     thresholds = config["thresholds"]
     if isinstance(thresholds, str):
         known = ("checkpoint", "paper", *(["chosen"] if "tuned_on" in config else []))

@@ -16,8 +16,9 @@ from errors import InputError
 from experiments.combinations import check_writable
 from experiments.frey2019 import write_report
 from experiments.operating_point import Candidates, OperatingPoint
-from experiments.prediction import Predictor, find_checkpoints
+from experiments.prediction import Predictor, checkpoints_of
 from experiments.run import RunFolder
+from experiments.trained import find_checkpoints
 from lightning_modules.checkpoint import check_unseen
 from lightning_modules.metrics.regions import CONVENTIONS
 
@@ -59,11 +60,11 @@ def evaluate(options: Mapping[str, Any]) -> Path:
         )
         predictor = trained.in_folder(Path(options["input"]), options["et_label"])
         data_set = predictor.data_set
-        cases = cases_of_part(data_set.cases(), options["cases"], options["checkpoint"])
+        cases = cases_of_part(predictor.cases(), options["cases"], options["checkpoint"])
         if options["cases"] not in LEARNED_FROM:
             first = data_set.modalities[0]
             identities = {case.name: identify(case.images[first]) for case in cases}
-            for checkpoint in find_checkpoints(options["checkpoint"]):
+            for checkpoint in checkpoints_of(options):
                 check_unseen(checkpoint, identities)
         if choose:
             predictor = predictor.with_point(chosen_point(trained, options))
@@ -100,8 +101,8 @@ def best_point(
     data_set = predictor.data_set
     candidates = Candidates(data_set.regions, predictor.spacing_mm**3)
     for case in track(cases, "choosing thresholds"):
-        volume, probabilities = predictor.estimate(case)
-        candidates.add(probabilities, data_set.to_regions(volume.labels))
+        estimate = predictor.estimate(case)
+        candidates.add(estimate.probabilities, data_set.to_regions(estimate.volume.labels))
     point = candidates.best(with_least_volume)
     without = replace(point, least_mm3={})
     for region, value in candidates.mean_dice(without).items():

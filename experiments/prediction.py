@@ -3,49 +3,33 @@
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.progress import Progress
 
-from datamodules.brats import BraTS
 from datamodules.cases import Case, DataSet, compared
 from datamodules.nifti import description, identify, open_volume, write_volume
-from datamodules.preprocessing import Preprocessing, Volume, restore
-from datamodules.sampling import Cut, whole
+from datamodules.preprocessing import Volume, restore
 from errors import InputError
+from experiments.cascade import Where, where_of
 from experiments.combinations import check_writable
 from experiments.operating_point import OperatingPoint
-from experiments.run import finished_runs
+from experiments.trained import Trained, find_checkpoints
 from files import read_json, write_json, written_whole
-from lightning_modules.checkpoint import build, check_unseen, fingerprint, load_ensemble
-from lightning_modules.inference import Ensemble
+from lightning_modules.checkpoint import check_unseen
 from lightning_modules.memory import keep_freed
 from lightning_modules.metrics.regions import dice
 from lightning_modules.pictures import draw_case
 
 SETTINGS_NAME = "predicted_with.json"
 MARK = "predict.py "  # begins the description in the header of a file that `Predictor` has written
-PRECISIONS = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
-
-
-def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Checkpoints: files as they are; of a folder, the best of each finished run in it.
-
-    Raises:
-        InputError: A folder without a finished run, or nothing at all.
-    """
-    found: list[Path] = []
-    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
-        found += [run.best for run in finished_runs(path)] if path.is_dir() else [path]
-    if not found:
-        raise InputError("checkpoint: expected one or more, found none")
-    return found
 
 
 def label_map(folder: Path, case: str) -> Path:
@@ -53,33 +37,42 @@ def label_map(folder: Path, case: str) -> Path:
     return folder / f"{case}.nii.gz"
 
 
+class Estimate(NamedTuple):
+    """What networks predict of a case.
+
+    Attributes:
+        volume: The preprocessed case.
+        probabilities: (R, X, Y, Z) float32 on its grid, 0 where there is no candidate.
+        share: How many voxels the networks got, over how many they get without a detector.
+        seconds: Time that networks and detector took.
+    """
+
+    volume: Volume
+    probabilities: np.ndarray
+    share: float
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Predictor:
     """Predicts label maps of cases, on the grid of their own files.
 
     Attributes:
-        ensemble: One network or more.
-        data_set: Data set of the cases to predict. After `from_options` it is the one that the
-            networks were trained on, whose folder may be gone; see `in_folder`.
-        preprocessing: Turns files into the volumes that the networks see.
-        cut: Cuts the channels that the networks see out of a volume.
+        trained: Networks and their input.
+        where: Chooses the voxels that they are run for.
         point: Thresholds and least volumes of the regions.
-        networks: What tells the ensemble from others: its checkpoints, whether it flips.
+        networks: What tells the networks from others: checkpoints, flips, the detector.
         precision: Precision of the networks, a key of `PRECISIONS`.
-        device: Name of the device, or "auto".
         probabilities: Write them too.
         pictures: Write them too.
         again: Predict cases that are in the output already.
     """
 
-    ensemble: Ensemble
-    data_set: DataSet
-    preprocessing: Preprocessing
-    cut: Cut
+    trained: Trained
+    where: Where
     point: OperatingPoint
     networks: Mapping[str, Any]
     precision: str = "32"
-    device: str = "auto"
     probabilities: bool = False
     pictures: bool = True
     again: bool = False
@@ -94,43 +87,35 @@ class Predictor:
         keep_freed()
         paths = find_checkpoints(options["checkpoint"])
         precision = str(options["precision"])
-        if precision not in PRECISIONS:
-            raise InputError(
-                f"precision: expected one of {', '.join(PRECISIONS)}, found {precision}"
-            )
-        flip_axes = (0, 1, 2) if options["flips"] else ()
-        ensemble, config = load_ensemble(paths, flip_axes, PRECISIONS[precision])
-        for path, member in zip(paths, ensemble.members, strict=True):
-            if not all(bool(weights.isfinite().all()) for weights in member.parameters()):
-                raise InputError(f"{path}: expected finite weights, found NaN or infinite ones")
-        data_set = build(config["data"]["data_set"])
-        trained_on: Preprocessing = build(config["data"]["cache"]).preprocessing
-        networks = {"checkpoint": [fingerprint(path) for path in paths], "flips": options["flips"]}
-        point = OperatingPoint.from_option(
-            options["thresholds"],
-            data_set.regions,
-            ensemble.members[0].threshold,  # pyright: ignore[reportArgumentType]
-            networks,
-        )
+        trained = Trained.load(paths, options["flips"], precision, options["device"])
+        where = where_of(options, trained)
+        networks = {
+            "checkpoint": trained.checkpoints,
+            "flips": options["flips"],
+            **where.settings,
+        }
         return cls(
-            ensemble=ensemble,
-            data_set=data_set,
-            # All of the brain, whatever crop the patches of the training came from.
-            preprocessing=Preprocessing(trained_on.spacing_mm, "brain", trained_on.extras),
-            cut=build(config["data"]["sampler"]).cut,
-            point=point,
+            trained=trained,
+            where=where,
+            point=OperatingPoint.from_option(
+                options["thresholds"], trained.data_set.regions, trained.threshold, networks
+            ),
             networks=networks,
             precision=precision,
-            device=options["device"],
             probabilities=options["probabilities"],
             pictures=options["pictures"],
             again=options["again"],
         )
 
     @property
+    def data_set(self) -> DataSet:
+        """Data set of the cases to predict; see `Trained`."""
+        return self.trained.data_set
+
+    @property
     def spacing_mm(self) -> float:
         """Edge of a voxel of the volumes that the networks see."""
-        return self.preprocessing.spacing_mm
+        return self.trained.preprocessing.spacing_mm
 
     def with_point(self, point: OperatingPoint) -> "Predictor":
         """Return a predictor of the same networks with other thresholds."""
@@ -139,8 +124,6 @@ class Predictor:
     def in_folder(self, folder: Path, et_label: int | None = None) -> "Predictor":
         """Return a predictor of the same networks for the cases in another folder.
 
-        This folder, and not the one of the training, says which values its label maps have.
-
         Args:
             folder: Folder of cases, with masks or without.
             et_label: Label of ET, 3 or 4, if no mask of the folder has any; 4 by default.
@@ -148,15 +131,18 @@ class Predictor:
         Raises:
             InputError: The networks have no ET, or it has another label.
         """
-        data_set = self.data_set.in_folder(folder)
-        if et_label is not None:
-            if not isinstance(data_set, BraTS):
-                raise InputError(
-                    f"et_label: expected null, as {type(data_set).__name__} has no ET; found "
-                    f"{et_label}"
-                )
-            data_set = BraTS(folder, data_set.modalities, data_set.regions, et_label)
-        return replace(self, data_set=data_set)
+        moved = self.trained.in_folder(folder, et_label)
+        return replace(self, trained=moved, where=self.where.in_folder(folder))
+
+    def cases(self) -> list[Case]:
+        """List the cases of the data set, sorted by name.
+
+        Raises:
+            InputError: There is none, or one lacks what the networks or the detector see.
+        """
+        cases = self.data_set.cases()
+        self.where.check(cases)
+        return cases
 
     def __call__(self, cases: Sequence[Case], output: Path) -> list[str]:
         """Write a label map of every case; print scores where there are masks.
@@ -226,14 +212,13 @@ class Predictor:
         or networks, whenever a process was killed.
         """
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
-        for modality in self.data_set.modalities:
+        own = [case.images[modality] for modality in self.data_set.modalities]
+        for path in dict.fromkeys([*own, *self.where.images(case)]):
             try:
-                with case.images[modality].open("rb") as file:
+                with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
-                raise InputError(
-                    f"{case.images[modality]}: expected a file, found: {error.strerror}"
-                ) from error
+                raise InputError(f"{path}: expected a file, found: {error.strerror}") from error
         return MARK + digest.hexdigest()[:32]
 
     def _volumes(self, case: Case, output: Path) -> list[Path]:
@@ -254,17 +239,24 @@ class Predictor:
         mark = self._mark(case)
         return all(description(path) == mark for path in paths)
 
-    def estimate(self, case: Case) -> tuple[Volume, np.ndarray]:
-        """Preprocess a case; returns its volume and probabilities (R, X, Y, Z) on its grid."""
-        volume = self.preprocessing(case, self.data_set)
-        image = torch.from_numpy(whole(volume.image, self.cut)).float()[None]
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return volume, self.ensemble.computed_on(image, device)[0].numpy()
+    def estimate(self, case: Case) -> Estimate:
+        """Preprocess a case, and predict its probabilities.
+
+        Raises:
+            InputError: A scan or a mask that cannot be used.
+        """
+        volume = self.trained.volume(case)
+        start = time.perf_counter()
+        candidates = self.where.candidates(case, volume)
+        return Estimate(
+            volume=volume,
+            probabilities=self.trained.probabilities(volume, candidates),
+            share=self.trained.share(candidates),
+            seconds=time.perf_counter() - start,
+        )
 
     def predict(self, case: Case, output: Path) -> str:
-        """Predict and write one case; returns its name and scores.
+        """Predict and write one case; returns its name, its scores and what it took.
 
         A mask that cannot be used is left out with a warning: it only takes part in the scores.
 
@@ -277,15 +269,16 @@ class Predictor:
         for path in (*self._volumes(case, output), self._picture(case, output)):
             path.unlink(missing_ok=True)
         try:
-            volume, estimate = self.estimate(case)
+            estimate = self.estimate(case)
         except InputError as error:
             if case.mask is None:
                 raise
             case = replace(case, mask=None)
-            volume, estimate = self.estimate(case)  # fails again if a scan is to blame
+            estimate = self.estimate(case)  # fails again if a scan is to blame
             logging.warning("%s; the case is predicted without its mask", error)
+        volume = estimate.volume
         reference = case.images[data_set.modalities[0]]
-        probabilities = restore(estimate, volume.affine, reference)
+        probabilities = restore(estimate.probabilities, volume.affine, reference)
         voxel_mm3 = float(abs(np.linalg.det(np.asarray(open_volume(reference).affine)[:3, :3])))
         brain_mm3 = int((volume.image != 0).any(0).sum()) * self.spacing_mm**3
         found = self.point.masks(
@@ -298,7 +291,7 @@ class Predictor:
 
         thresholds = np.array([self.point.thresholds[region] for region in regions])
         title = case.name
-        masks = {"prediction": estimate > thresholds[:, None, None, None]}
+        masks = {"prediction": estimate.probabilities > thresholds[:, None, None, None]}
         if case.mask is not None:
             masks = {"truth": data_set.to_regions(volume.labels), **masks}
             title = f"{case.name}: {dice_of_file(written, case, data_set)}"
@@ -311,7 +304,8 @@ class Predictor:
             figure = draw_case(scan.astype("float32"), rows, title)
             with written_whole(self._picture(case, output)) as partial:
                 figure.savefig(partial, dpi=80)
-        return title
+        share_percent, seconds = 100 * estimate.share, estimate.seconds
+        return f"{title}; networks ran on {share_percent:.0f} % of the volume in {seconds:.1f} s"
 
 
 def predict_folder(options: Mapping[str, Any]) -> None:
@@ -323,10 +317,16 @@ def predict_folder(options: Mapping[str, Any]) -> None:
     check_writable("output", Path(options["output"]))
     predictor = Predictor.from_options(options)
     predictor = predictor.in_folder(Path(options["input"]), options["et_label"])
-    cases = predictor.data_set.cases()
-    warn_of_seen_cases(find_checkpoints(options["checkpoint"]), cases, predictor.data_set)
+    cases = predictor.cases()
+    warn_of_seen_cases(checkpoints_of(options), cases, predictor.data_set)
     if failed := predictor(cases, Path(options["output"])):
         raise InputError(f"{len(failed)} of {len(cases)} cases failed: {', '.join(failed)}")
+
+
+def checkpoints_of(options: Mapping[str, Any]) -> list[Path]:
+    """List all checkpoints that conf/predict.yaml names, the detector's too."""
+    keys = [key for key in ("checkpoint", "detector") if options[key] is not None]
+    return [path for key in keys for path in find_checkpoints(options[key])]
 
 
 def warn_of_seen_cases(

@@ -1,5 +1,6 @@
 """What came out of a run, and one screen of it."""
 
+import math
 import platform
 import resource
 import sys
@@ -31,6 +32,8 @@ class Results:
         peak_memory_mib: The most memory allocated on the GPU, or, without one, resident in this
             process, whatever it ran before.
         device: Name of the GPU, or of the processor.
+        waiting: Share of the time of training in this process, without validations, that it waited
+            for data; NaN if it was not measured.
         versions: Versions of Python and torch.
     """
 
@@ -43,6 +46,7 @@ class Results:
     test_s: float
     peak_memory_mib: float
     device: str
+    waiting: float = math.nan
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version(), "torch": torch.__version__}
     )
@@ -121,6 +125,8 @@ def show(results: Results, folder: RunFolder) -> None:
         f"{results.epochs} epochs in {results.fit_s:.0f} s, test in {results.test_s:.0f} s, "
         f"{results.peak_memory_mib:.0f} MiB, {results.device}",
     )
+    if not math.isnan(results.waiting):
+        table.add_row("waiting", f"{100 * results.waiting:.1f} % of the training, for data")
     table.add_row("pictures", str(folder.pictures))
     table.add_row("go on", f"python train.py ... trainer.max_epochs=MORE resume={folder.last}")
     table.add_row(

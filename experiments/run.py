@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from errors import InputError
 
 # What a run is: its name is a hash of these nodes of the configuration, less the keys below.
-IDENTITY = ("module", "data", "seed", "trainer", "callbacks", "resume")
+IDENTITY = ("module", "data", "seed", "trainer", "callbacks", "resume", "compile")
 
 # Keys that change where and how fast a run computes, and what it reports, but no weight and no
 # score. All other keys count, so that two different questions never share a folder.
@@ -60,6 +60,7 @@ def identity(root: DictConfig) -> dict[str, Any]:
         node.pop(key, None)
     if plain.get("resume"):
         plain["resume"] = _digest(Path(plain["resume"]))
+    plain["compile"] = plain.get("compile") or None  # rounds differently
     plain["run_dir"] = "."  # the folder is what is being named, and callbacks refer to it
     resolved: Any = OmegaConf.create({key: plain[key] for key in plain if key != "hydra"})
     return {

@@ -76,6 +76,7 @@ RULES: dict[str, Rule] = {
     "name": Rule("the name of a folder in runs/", is_folder_name),
     "seed": seed,
     "again": flag,
+    "compile": flag,
     "plan": flag,
     "vram_gb": Rule("a number above 0, or null", either(nothing, positive).accepts),
     "resume": checkpoint_or_null,
@@ -158,6 +159,7 @@ RULES: dict[str, Rule] = {
     "inference.patch_size": sides,
     "inference.overlap": number(0, below=1),
     "inference.batch_size": whole(1),
+    "inference.least_side": whole(1),
     "inference.voxels_at_once": whole(1),
     "metrics.ranked_by": text,
     "metrics.scores.threshold": share_inside,
@@ -200,6 +202,9 @@ RULES: dict[str, Rule] = {
     "checkpoint": checkpoints,
     "input": text,
     "output": text,
+    "detector": either(nothing, checkpoints),
+    "detector_threshold": either(one_of("checkpoint"), share_inside),
+    "detector_margin_mm": at_least_0,
     "flips": flag,
     "thresholds": Rule(
         "checkpoint, paper, a number above 0 and below 1, one for each region as {WT: 0.5}, or a "

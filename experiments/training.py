@@ -14,11 +14,13 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from datamodules.patches import PatchDataModule
+from experiments.compilation import compile_network
 from experiments.cost import predict_step
 from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import check_unseen
 from lightning_modules.segmentation import SegmentationModule
+from lightning_modules.waiting import WaitingShare
 
 # What Lightning says about choices that are meant.
 MEANT = (
@@ -75,9 +77,10 @@ def fit_and_test(
     Raises:
         InputError: The data cannot be used, or the checkpoint has seen cases of the test part.
     """
+    shape = (datamodule.batch_size, config["model"]["in_channels"], *datamodule.sampler.size)
     step = predict_step(
         module,
-        (datamodule.batch_size, config["model"]["in_channels"], *datamodule.sampler.size),
+        shape,
         len(datamodule.regions),
         trainer.precision,
         trainer.strategy.root_device.type,
@@ -92,7 +95,10 @@ def fit_and_test(
         train_without_validation(trainer)
     if anew:
         folder.clear()
-    watch = Stopwatch()
+    if config["compile"]:
+        compile_network(module, trainer, shape)
+    watch, waiting = Stopwatch(), WaitingShare()
+    trainer.callbacks.append(waiting)  # pyright: ignore[reportAttributeAccessIssue]
     exit_code = 1
     try:
         for logger in trainer.loggers:
@@ -128,6 +134,7 @@ def fit_and_test(
         test_s=watch.seconds["test"],
         peak_memory_mib=peak_memory_mib(),
         device=device_name(),
+        waiting=waiting.share,
     )
 
 

@@ -1,6 +1,6 @@
 """The LightningModule of all networks: it trains on patches and is scored on whole volumes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import pytorch_lightning as pl
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
 from errors import InputError
-from lightning_modules.inference import Inference
+from lightning_modules.inference import Flip, Inference
 from lightning_modules.losses import Loss, Terms
 from lightning_modules.metrics import CaseMetrics
 from lightning_modules.metrics.lesions import OnScanGrid
@@ -93,6 +93,21 @@ class SegmentationModule(pl.LightningModule):
     def logits(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
         """Compute the logits of whole volumes at full resolution."""
         return self.inference(self.in_memory_format(image), self.network)
+
+    def estimates(
+        self,
+        image: Float[Tensor, "b c x y z"],
+        candidates: Bool[Tensor, "b x y z"],
+        flips: Sequence[Flip],
+    ) -> Iterator[Float[Tensor, "b r x y z"]]:
+        """Yield the probabilities of candidates in each mirror image, mirrored back."""
+        image = self.in_memory_format(image)
+        for logits in self.inference.estimates(image, self.network, candidates, flips):
+            yield logits.sigmoid()
+
+    def share(self, candidates: Bool[Tensor, "b x y z"]) -> float:
+        """Return how many voxels the network gets for candidates, over how many it gets for all."""
+        return self.inference.share(candidates)
 
     def in_memory_format(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b c x y z"]:
         return image.contiguous(memory_format=self.memory_format)

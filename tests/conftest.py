@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import train  # noqa: F401  (registers the resolvers of the configuration)
@@ -170,6 +172,14 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
 
     yield compose_config
     HydraConfig.instance().cfg = None
+
+
+def untrained(composed: Callable[..., DictConfig], *overrides: str) -> dict[str, Any]:
+    """What a checkpoint of a network has in it, without training."""
+    config = composed(*overrides)
+    module = instantiate(config.module, _convert_="all")
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    return {"state_dict": module.state_dict(), "config": plain, "seen": {}}
 
 
 def options_of(command: str, **values: object) -> dict:

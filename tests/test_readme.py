@@ -41,9 +41,12 @@ def test_make(command: str):
     """Run by hand and by CI: here, that the targets exist and what they would do."""
     done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert {"demo": "python train.py", "test": "python -m pytest"}[
-        command.split()[1]
-    ] in done.stdout
+    started = {
+        "demo": "python train.py",
+        "test": "python -m pytest",
+        "benchmark": "python -m experiments.benchmarks.hardware",
+    }
+    assert started[command.split()[1]] in done.stdout
 
 
 def test_the_demo_makes_the_phantoms_that_the_configuration_asks_for(
@@ -88,7 +91,8 @@ def test_python(
     if "RUN" in command:
         config = composed(*tiny, "logger=csv", "trainer=debug")
         train.train(config)
-        command = command.replace("runs/proxy/RUN", config.run_dir)
+        for name in ("RUN", "DETECTOR"):
+            command = command.replace(f"runs/proxy/{name}", config.run_dir)
         command = command.replace("output=predictions", f"output={tmp_path}/out")
         command = command.replace("FOLDER", str(write_brats(tmp_path / "new", cases=1)))
     words = shlex.split(command.replace("FOLDER", str(brats)))

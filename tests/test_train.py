@@ -116,7 +116,11 @@ def test_a_finished_run_is_not_trained_again(composed: Compose, tiny: list[str],
     written = weights.stat().st_mtime_ns
     assert train.train(config) == score
     assert weights.stat().st_mtime_ns == written
-    assert capsys.readouterr().out.count("test") >= 2  # the summary is printed again
+    printed = capsys.readouterr().out
+    assert printed.count("test") >= 2  # the summary is printed again
+    results = Results.read(RunFolder(Path(config.run_dir)))
+    assert 0 < results.waiting < 1
+    assert printed.count(f"{100 * results.waiting:.1f} % of the training, for data") == 2
     config.again = True
     assert train.train(config) == score  # seeded: the very same
     assert weights.stat().st_mtime_ns > written

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import datamodules.brats
 import datamodules.metastases
 import datamodules.splits
-import experiments.prediction
+import experiments.trained
 import lightning_modules.metrics.lesions
 import lightning_modules.metrics.regions
 import train
@@ -262,6 +262,20 @@ def test_a_value_of_train_that_cannot_be_used_is_one_line(
         ("predict", ["checkpoint=nowhere"], "checkpoint: expected a file or the folder of a run, "),
         ("predict", ["checkpoint=3"], "checkpoint: expected a checkpoint, the folder of a run, or"),
         ("predict", ["checkpoint=[]"], "checkpoint: expected one or more, found none"),
+        ("predict", ["detector=nowhere"], "detector: expected a file or the folder of a run, fou"),
+        ("predict", ["detector=3"], "detector: expected null or a checkpoint, the folder of a run"),
+        ("predict", ["detector=[]"], "detector: expected one or more, found none"),
+        (
+            "predict",
+            ["detector_threshold=1"],
+            "detector_threshold: expected checkpoint or a numbe",
+        ),
+        (
+            "predict",
+            ["detector_threshold=0.3"],
+            "detector_threshold: expected checkpoint, as there is no detector, found 0.3",
+        ),
+        ("predict", ["detector_margin_mm=-1"], "detector_margin_mm: expected a number from 0 on"),
         ("predict", ["input=nowhere"], "input: expected a folder, found nothing at nowhere"),
         ("predict", ["output=FILE"], "output: expected a folder to write to, found the file "),
         ("predict", ["output=FILE/deeper"], "output: expected a folder to write to, found the fi"),
@@ -382,7 +396,8 @@ def test_every_option_passes_and_every_key_has_a_rule_or_is_free():
     assert without == set()
     keys = {key for key, _ in places}
     used = {pattern for key in keys for pattern in schema.RULES if schema.matches(key, pattern)}
-    optional = {"data.cache.workers", "data.sampler.lesion_in", "inference.batch_size"}
+    optional = {"data.cache.workers", "data.sampler.lesion_in"}
+    optional |= {"inference.batch_size", "inference.least_side"}
     assert set(schema.RULES) - used == optional  # arguments that conf/ leaves at their defaults
 
 
@@ -391,7 +406,7 @@ def test_names_are_those_that_the_code_has():
     assert tuple(datamodules.brats.REGIONS) == combinations.REGIONS["BraTS"]
     assert combinations.REGIONS["Metastases"] == datamodules.metastases.REGIONS
     assert set(lightning_modules.metrics.regions.CONVENTIONS) == set(schema.CONVENTIONS)
-    assert tuple(experiments.prediction.PRECISIONS) == schema.PRECISIONS
+    assert tuple(experiments.trained.PRECISIONS) == schema.PRECISIONS
     assert datamodules.splits.PARTS == schema.PARTS
 
 

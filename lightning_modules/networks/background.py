@@ -108,7 +108,7 @@ class Step(NamedTuple):
     width: int
 
 
-def plan(levels: Iterable[nn.Sequential], halo: int) -> tuple[list[Step], int]:
+def plan(levels: Iterable[nn.Module], halo: int) -> tuple[list[Step], int]:
     """Find out how much of the background around a volume each step needs.
 
     Of the halo, no more is made than can differ from the constant.
@@ -125,6 +125,7 @@ def plan(levels: Iterable[nn.Sequential], halo: int) -> tuple[list[Step], int]:
     ring = 0  # voxels of the current level that are made beyond the volume, on each side
     needed = halo  # voxels that all later convolutions need beyond the volume, on each side
     for level in levels:
+        assert isinstance(level, nn.Sequential)
         parts = list(level)
         if not isinstance(parts[0], ResidualBlock):
             steps.append(Step(parts.pop(0), 0))
@@ -141,7 +142,7 @@ def plan(levels: Iterable[nn.Sequential], halo: int) -> tuple[list[Step], int]:
 
 
 def features_against_background(
-    levels: Iterable[nn.Sequential], x: Float[Tensor, "b c x y z"], halo: int, stride: int
+    levels: Iterable[nn.Module], x: Float[Tensor, "b c x y z"], halo: int, stride: int
 ) -> Float[Tensor, "b f x_ y_ z_"]:
     """Compute the coarsest features of a volume that is surrounded by zeros.
 
@@ -183,7 +184,8 @@ def features_against_background(
     for (part, width), places in zip(steps, computed[::-1], strict=True):
         if isinstance(part, ResidualBlock):
             x = _surrounded(x, background, width)
-            x, background = _block(part, x, background, *places, tile)
+            first, second = places
+            x, background = _block(part, x, background, first, second, tile)
         else:
             x, tile = part(x), tile // 2
     inner = slice(ring, -ring or None)

@@ -1,5 +1,6 @@
 """Every voxel of a mirrored patch is the opposite voxel, in training and in inference."""
 
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from datamodules.brats import BraTS
 from datamodules.cache import Cache
-from datamodules.patches import PatchQueue, Volumes
+from datamodules.patches import PatchQueue, Volumes, collate_patches, finish_patches
 from datamodules.sampling import BalancedSampler, cut_with_mirrored, whole
 from grids import cut
-from lightning_modules.inference import Ensemble, SlidingWindow
+from lightning_modules.inference import Ensemble, Flip, SlidingWindow
 from tests.conftest import write_brats
 
 
@@ -87,14 +88,14 @@ def test_training_patches_are_windows_of_the_whole_volume_after_flips(tmp_path: 
         assert torch.equal(opposite, own.flip(1))
     flips_seen = set()
     for index in range(24):
-        patch = queue[0, index]
-        windows = by_name[patch["case"]].unfold(1, 6, 1).unfold(2, 6, 1).unfold(3, 6, 1)
+        patch = finish_patches(collate_patches([queue[0, index]]))
+        windows = by_name[patch["case"][0]].unfold(1, 6, 1).unfold(2, 6, 1).unfold(3, 6, 1)
         for flip_axes in product((0, 1), repeat=3):
             axes = [axis + 1 for axis in range(3) if flip_axes[axis]]
-            turned = patch["image"].flip(axes)[:, None, None, None]
+            turned = patch["image"][0].flip(axes)[:, None, None, None]
             equal = windows == turned
             own = equal[:4].flatten(4).all(-1).all(0)
-            if own.any() and patch["image"][:4].any():
+            if own.any() and patch["image"][0, :4].any():
                 assert equal.flatten(4).all(-1).all(0)[own].all()
                 flips_seen.add(flip_axes)
                 break
@@ -112,8 +113,13 @@ class Asymmetry(nn.Module):
 
 
 class Windows(nn.Module):
-    def forward(self, image: Tensor) -> Tensor:
-        return SlidingWindow(6, overlap=0.5)(image, Asymmetry())
+    def estimates(
+        self, image: Tensor, candidates: Tensor, flips: Sequence[Flip]
+    ) -> Iterator[Tensor]:
+        return SlidingWindow(6, overlap=0.5).estimates(image, Asymmetry(), candidates, flips)
+
+    def share(self, candidates: Tensor) -> float:
+        return 1
 
 
 @pytest.mark.parametrize("side", [14, 15])
@@ -122,5 +128,5 @@ def test_windows_and_test_time_flips_keep_the_pair_together(side: int):
     image = torch.from_numpy(whole(volume, cut_with_mirrored))[None]
     expected = torch.from_numpy(volume - volume[:, ::-1])[None]
     assert expected.abs().max() > 0
-    torch.testing.assert_close(Windows()(image), expected)
+    torch.testing.assert_close(Ensemble([Windows()])(image), expected)
     torch.testing.assert_close(Ensemble([Windows()], flip_axes=(0, 1, 2))(image), expected)

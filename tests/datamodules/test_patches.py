@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,11 +13,18 @@ import torch
 import torchio as tio
 from torch.utils.data import DataLoader
 
-from datamodules.augmentation import RandomIntensity
+from datamodules.augmentation import RandomIntensity, can_be_drawn
 from datamodules.brats import BraTS
 from datamodules.cache import Cache
 from datamodules.metastases import Metastases
-from datamodules.patches import EpochSampler, PatchDataModule, PatchQueue, Volumes
+from datamodules.patches import (
+    EpochSampler,
+    PatchDataModule,
+    PatchQueue,
+    Volumes,
+    collate_patches,
+    finish_patches,
+)
 from datamodules.sampling import BalancedSampler
 from datamodules.splits import FractionSplit, read_names
 from errors import InputError
@@ -45,7 +53,16 @@ def queue(
 def stream(patches: PatchQueue, *, workers: int = 0, epoch: int = 0, batch_size: int = 4) -> list:
     keys = EpochSampler(len(patches), batch_size)
     keys.set_epoch(epoch)
-    return list(DataLoader(patches, batch_size, sampler=keys, num_workers=workers))
+    loader = DataLoader(
+        patches, batch_size, sampler=keys, num_workers=workers, collate_fn=collate_patches
+    )
+    return [finish_patches(batch) for batch in loader]
+
+
+def finished(patches: PatchQueue, epoch: int, index: int) -> dict[str, Any]:
+    """Return one patch as a network sees it."""
+    batch = finish_patches(collate_patches([patches[epoch, index]]))
+    return {name: values[0] for name, values in batch.items()}
 
 
 def same(first: list, second: list) -> bool:
@@ -91,10 +108,10 @@ def test_worker_processes_change_nothing(brats: Path, cache_root: Path):
 def test_global_random_state_changes_nothing_and_is_left_alone(brats: Path, cache_root: Path):
     patches = queue(brats, cache_root)
     torch.manual_seed(1)
-    first, after = patches[0, 3], torch.rand(1)
+    first, after = finished(patches, 0, 3), torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(1))
-    assert same([first], [patches[0, 3]])
+    assert same([first], [finished(patches, 0, 3)])
 
 
 def test_seed_and_epoch_change_everything(brats: Path, cache_root: Path):
@@ -113,7 +130,7 @@ def test_augmentation_moves_image_and_mask_together(tmp_path: Path):
     sampler = BalancedSampler(12, lesion_share=1)
     patches = PatchQueue(cases, data_set, sampler, FLIP, patches_per_epoch=20, seed=0)
     for index in range(20):
-        patch = patches[0, index]
+        patch = finished(patches, 0, index)
         # The z-scores are about -0.4 in healthy tissue and 0.6 or more in the tumour.
         bright = patch["image"][3] > 0.1
         assert torch.equal(bright, patch["mask"][0])
@@ -128,7 +145,7 @@ def test_every_axis_is_flipped_in_about_half_of_the_patches(tmp_path: Path):
     patches = PatchQueue(cases, data_set, sampler, FLIP, patches_per_epoch=80, seed=0)
     seen = Counter()
     for index in range(80):
-        image = patches[0, index]["image"]
+        image = finished(patches, 0, index)["image"]
         flips = [
             axes
             for axes in product((False, True), repeat=3)
@@ -144,10 +161,76 @@ def test_intensities_change_in_the_brain_and_masks_do_not(brats: Path, cache_roo
     changed = queue(brats, cache_root)
     plain = queue(brats, cache_root, augmentation=tio.Compose([FLIP]))
     for index in range(24):
-        before, after = plain[0, index], changed[0, index]
+        before, after = finished(plain, 0, index), finished(changed, 0, index)
         assert torch.equal(before["mask"], after["mask"])
         assert torch.equal(before["image"] == 0, after["image"] == 0)
         assert not torch.equal(before["image"], after["image"])
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        BalancedSampler(8, scale=(0.7, 1.3)),
+        BalancedSampler((8, 10, 9), scale=(0.9, 1.1), mirrored=True),
+        BalancedSampler(10, scale=(0.8, 1.2), others="lesion_free", halo=3),
+        BalancedSampler(8),
+    ],
+)
+@pytest.mark.parametrize("probability", [1, 0.5])
+def test_a_patch_is_what_torchio_makes_of_it(
+    brats: Path, cache_root: Path, sampler: BalancedSampler, probability: float
+):
+    """A function is no TorchIO transform, so that the queue resamples, and calls it, first."""
+    data_set = BraTS(brats)
+    cases = Cache(cache_root, spacing_mm=1, crop="brain").build(data_set.cases(), data_set)
+    intensity = RandomIntensity((0.9, 1.1), (-0.1, 0.1), 4, mirrored=sampler.mirrored)
+    spatial = tio.Compose([FLIP, tio.RandomFlip(axes=(0, 2))], p=probability)
+    augmentation = tio.Compose([spatial, intensity, FLIP])
+    drawn = PatchQueue(cases, data_set, sampler, augmentation, 24, seed=0)
+    called = PatchQueue(cases, data_set, sampler, lambda subject: augmentation(subject), 24, seed=0)
+    assert drawn[0, 0]["box"].dtype == torch.float16
+    for index in range(24):
+        found, expected = finished(drawn, 0, index), finished(called, 0, index)
+        assert torch.equal(called[0, index]["box"], expected["image"])
+        assert torch.equal(found["mask"], expected["mask"])
+        assert found["case"] == expected["case"]
+        # Positions are float32: a flip rounds them otherwise, and neighbours differ by up to 10.
+        torch.testing.assert_close(found["image"], expected["image"], atol=1e-4, rtol=0)
+
+
+def test_patches_of_a_batch_are_those_alone(brats: Path, cache_root: Path):
+    patches = queue(brats, cache_root)
+    boxes = [tuple(patches[0, index]["box"].shape) for index in range(24)]
+    assert len(set(boxes)) > 1
+    for number, batch in enumerate(stream(patches, batch_size=8)):
+        for item in range(8):
+            alone = finished(patches, 0, 8 * number + item)
+            assert torch.equal(batch["image"][item], alone["image"])
+            assert torch.equal(batch["mask"][item], alone["mask"])
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "drawn"),
+    [
+        (FLIP_AND_INTENSITY, True),
+        (tio.Compose([]), True),
+        (tio.RandomFlip(axes=("LR",)), False),
+        (tio.Compose([FLIP_AND_INTENSITY, RandomIntensity((1, 1), (0, 0), 4)]), False),
+        (tio.Compose([FLIP, tio.RandomNoise()]), False),
+        (tio.RandomFlip(include=["image"]), False),
+    ],
+)
+def test_only_flips_and_intensities_are_left_to_the_device(augmentation: Any, drawn: bool):
+    assert can_be_drawn(augmentation) == drawn
+
+
+def test_any_other_transform_runs_in_the_loader(brats: Path, cache_root: Path):
+    noise = tio.RandomNoise(mean=(100, 100), std=(0, 0))
+    plain = queue(brats, cache_root, augmentation=tio.Compose([]))
+    noisy = queue(brats, cache_root, augmentation=noise)
+    assert noisy[0, 3]["box"].dtype == torch.float32
+    before, after = finished(plain, 0, 3)["image"], finished(noisy, 0, 3)["image"]
+    torch.testing.assert_close(after, before + 100)
 
 
 def test_the_queue_tells_the_sampler_how_regions_are_nested(
@@ -316,7 +399,7 @@ def test_every_batch_is_exactly_half(
     queue = queue_of(metastases, tmp_path, sampler, 96, seed)
     inside = (..., *[slice(margin, 12 - margin)] * 3)
     for epoch in (0, 5):
-        has_lesion = [bool(queue[epoch, i]["mask"][inside].any()) for i in range(96)]
+        has_lesion = [bool(finished(queue, epoch, i)["mask"][inside].any()) for i in range(96)]
         assert has_lesion == [sampler.wants_lesion(i) for i in range(96)]
         for batch_size in (2, 4, 6, 16):
             for start in range(0, 96, batch_size):
@@ -365,7 +448,7 @@ def test_small_lesions_are_as_likely_as_large_ones(tmp_path: Path):
     for uniform_over in ("voxels", "lesions"):
         sampler = BalancedSampler(4, lesion_share=1, uniform_over=uniform_over)  # pyright: ignore
         queue = queue_of(tmp_path, tmp_path, sampler, 200)
-        drawn = [queue[0, index]["mask"] for index in range(200)]
+        drawn = [finished(queue, 0, index)["mask"] for index in range(200)]
         counts[uniform_over] = sum(int(mask.sum()) == 1 and True for mask in drawn)
     assert counts["voxels"] < 30
     assert 70 < counts["lesions"] < 150

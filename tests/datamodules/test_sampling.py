@@ -1,24 +1,20 @@
 """Patches have exact shares of lesions, lie anywhere, and show true voxels at every scale."""
 
-from collections.abc import Iterator
 from fractions import Fraction
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchio as tio
 from scipy.ndimage import zoom
 
 import grids
-from datamodules.sampling import LEAST_SHARE, BalancedSampler, resample_labels
-from tests.conftest import ball
+from datamodules.resampling import LEAST_SHARE
+from datamodules.sampling import BalancedSampler
 from tests.datamodules.conftest import lesions_at
 
 SHAPE = (20, 24, 18)
-NESTING = np.zeros(256, int)
-NESTING[[2, 1, 4]] = 1, 2, 3  # oedema, around the core, around the enhancing tumour
 
 
 def ramp(shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
@@ -172,52 +168,11 @@ def in_any_ball(places: torch.Tensor, centres: list[np.ndarray], radius: float) 
     return mask
 
 
-def tumours() -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
-    """Make labels (X, Y, Z) of three nested regions, with a size to resample them to."""
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        shape = tuple(rng.integers(16, 28, 3).tolist())
-        centre = tuple(rng.uniform(0, shape))
-        labels = np.zeros(shape, np.uint8)
-        for label, radius in ((2, 8), (4, 6), (1, 3)):
-            labels[ball(shape, centre, radius + rng.uniform(-1, 1))] = label
-        specks = rng.random(shape) < 0.002
-        labels[specks] = rng.choice([1, 2, 4], specks.sum())
-        yield labels, tuple(rng.integers(14, 30, 3).tolist())
-
-
-def test_regions_are_interpolated_as_the_image_is():
-    """A region can have a large share of a voxel of which none of its labels has one."""
-    for labels, size in tumours():
-        resampled = resample_labels(labels, size, NESTING)
-        assert resampled.shape == size
-        for region in ((2, 1, 4), (1, 4), (4,)):
-            mask = torch.from_numpy(np.isin(labels, region)).float()[None, None]
-            shares = F.interpolate(mask, size, mode="trilinear", align_corners=False)
-            expected = (shares >= LEAST_SHARE)[0, 0].numpy()
-            found = np.isin(resampled, region)
-            assert not (expected & ~found).any()
-            assert not (found & (shares == 0)[0, 0].numpy()).any()
-            assert (found != expected).mean() < 0.01
-
-
-def test_a_lesion_of_one_voxel_is_in_every_patch_that_zooms_in():
-    for voxel in product(range(7), repeat=3):
-        resampled = resample_labels(labels_with(voxel, shape=(7, 7, 7)), (8, 8, 8), NESTING)
-        assert (resampled == 2).any()
-        _, lesions = grids.components(resampled > 0)
-        assert lesions == 1
-
-
 def test_labels_at_scale_1_are_those_of_the_volume():
     labels = np.random.default_rng(0).choice([0, 1, 2, 4], SHAPE).astype(np.uint8)
     patch = BalancedSampler(8).draw(ramp(), labels, np.empty(0, np.int32))
     start = patch.image[:, 0, 0, 0].int().tolist()
     np.testing.assert_array_equal(patch.labels.numpy(), grids.cut(labels, start, (8, 8, 8)))
-
-
-def test_a_volume_without_labels_stays_without():
-    assert not resample_labels(np.zeros(SHAPE, np.uint8), (8, 9, 10), NESTING).any()
 
 
 def test_torchio_queue_can_use_the_sampler_too():
@@ -307,3 +262,19 @@ def test_halo_may_reach_beyond_the_volume_but_the_output_not():
         assert patch.image[0, 4:8, 4:8, 4:8].all()
         assert patch.labels[4, 4, 4] == 1
         assert not patch.image[0, :4].any()
+
+
+def test_patches_of_air_alone_are_those_that_are_zero_where_it_counts():
+    rng = np.random.default_rng(0)
+    sampler = BalancedSampler(8, scale=(0.6, 1.6), halo=2)
+    labels = labels_with()
+    found = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        image = np.zeros((2, *SHAPE), np.float16)
+        image[(rng.integers(2), *(rng.integers(side) for side in SHAPE))] = 1
+        box = sampler.draw_box(image, labels, labels[:0])
+        counted = sampler.patch(image, box).image[..., 2:-2, 2:-2, 2:-2]
+        assert sampler._shows_air_alone(image, box) == (not counted.any())
+        found.append(bool(counted.any()))
+    assert 2 < sum(found) < 198

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.cost import MIB, PRECISIONS, Memory, predict_step
 from experiments.schema import RULES
 from experiments.timing import TrainingStep
+from lightning_modules.inference import WholeVolume
 from lightning_modules.networks.aeunet import AEUNet
 from lightning_modules.segmentation import Batch, MakeOptimizer, SegmentationModule
 
@@ -61,7 +62,7 @@ def module_of(
         MeanSquare(),
         optimizer,
         partial(torch.optim.lr_scheduler.ConstantLR, factor=1),
-        lambda image, network: network(image).logits,
+        WholeVolume(),
         nn.Identity,
         channels_last,
     )

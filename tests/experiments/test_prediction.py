@@ -16,7 +16,7 @@ from datamodules.brats import BraTS
 from datamodules.cases import Case
 from datamodules.nifti import description
 from errors import InputError
-from experiments import prediction
+from experiments import trained
 from experiments.prediction import MARK, SETTINGS_NAME, Predictor, predict_folder
 from tests.conftest import ROOT, write_brats, write_image
 
@@ -275,8 +275,8 @@ def test_weights_that_are_no_numbers_are_refused(bright: Path, monkeypatch: pyte
         next(ensemble.members[0].parameters()).data.fill_(float("nan"))
         return ensemble, config
 
-    load_ensemble = prediction.load_ensemble
-    monkeypatch.setattr(prediction, "load_ensemble", poisoned)
+    load_ensemble = trained.load_ensemble
+    monkeypatch.setattr(trained, "load_ensemble", poisoned)
     with pytest.raises(InputError, match=f"^{bright}: expected finite weights, found NaN"):
         Predictor.from_options(options(checkpoint=str(bright)))
 

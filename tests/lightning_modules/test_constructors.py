@@ -4,28 +4,20 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from errors import InputError
 from experiments.prediction import Predictor
 from lightning_modules import checkpoint
 from lightning_modules.constructors import allowed
+from tests.conftest import untrained
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
-
-
-def untrained(composed: Callable[..., DictConfig], *overrides: str) -> dict[str, Any]:
-    """What a checkpoint of a network has in it, without training."""
-    config = composed(*overrides)
-    module = instantiate(config.module, _convert_="all")
-    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    return {"state_dict": module.state_dict(), "config": plain, "seen": {}}
 
 
 def place(config: dict[str, Any], key: str, node: object) -> None:
@@ -130,7 +122,7 @@ def test_no_configuration_in_a_checkpoint_runs_code(
     place(content["config"], key, filled(node, mark, malicious))
     path = tmp_path / "evil.ckpt"
     torch.save(content, path)
-    options = {"checkpoint": path, "precision": 32, "flips": False, "thresholds": "checkpoint"}
+    options = {"checkpoint": path, "precision": 32, "flips": False, "device": "cpu"}
     with pytest.raises(InputError) as error:
         Predictor.from_options(options)
     assert str(path) in str(error.value)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -217,12 +218,14 @@ def time_volume(
     while math.prod(part) > min(affordable, room) and divisor < 8:
         divisor += 1
         part = tuple(max(1, round(side / divisor)) for side in shape)
-    if divisor > 1 and "patch_size" in plain["inference"]:  # as many windows, smaller ones
+    smallest, grows = smallest_side(job)
+    values: dict[str, Any] = {"patches.size": smallest + grows}  # no weights of the planned size
+    if "patch_size" in plain["inference"]:  # as many windows, of as much smaller sides
         window = plain["inference"]["patch_size"]
-        smallest, grows = smallest_side(job)
         sides = [window] * 3 if isinstance(window, int) else window
-        smaller = [max(smallest, round(side / divisor / grows) * grows) for side in sides]
-        job = job.changed({"inference.patch_size": smaller})
+        shares = [max(smallest, round(side / divisor / grows) * grows) for side in sides]
+        values["inference.patch_size"] = sides if divisor == 1 else shares
+    job = job.changed(values)
     module = module_of(job).to(device, weights).eval()
     image = torch.randn(1, plain["model"]["in_channels"], *part, device=device, dtype=weights)
     with autocast(precision, device.type):

@@ -1,26 +1,26 @@
 """Which changes make a training step fit in so much memory, the smallest change first.
 
 Checkpointing comes first, because it changes no number; then bfloat16, which rounds; then a smaller
-batch, smaller patches and fewer filters, which make another training of it.
+batch, smaller patches and fewer filters, with which another training begins.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 from errors import InputError
 from experiments.calibration import predicted, sides_of, smallest_side
-from experiments.cost import Memory
+from experiments.cost import MIB, Memory
 from experiments.jobs import Job
 from experiments.rules import shown
 
 Values = dict[str, Any]  # what to change, by key
 
-CHECKPOINTING = {"model.checkpointing": "blocks"}
-HALF = {"trainer.precision": "bf16-mixed"}
+CHECKPOINTING = ("none", "norms", "blocks", "levels")  # each keeps less than the one before
+CHECKPOINTING_KEY, PRECISION_KEY = "model.checkpointing", "trainer.precision"
+GIGA = 1e9
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class Change:
     less: tuple[float, float, float]
 
     @property
-    def size(self) -> tuple[object, ...]:
-        """What changes are ordered by: the heaviest of its parts first."""
-        return (*self.less, "trainer.precision" in self.values, len(self.values))
+    def size(self) -> tuple[Any, ...]:
+        """What changes are ordered by: the heaviest of their parts first."""
+        checkpointing = self.values.get(CHECKPOINTING_KEY, CHECKPOINTING[0])
+        return (*self.less, PRECISION_KEY in self.values, CHECKPOINTING.index(checkpointing))
 
     @property
     def overrides(self) -> str:
@@ -52,47 +53,84 @@ class Change:
 def changes_that_fit(job: Job, limit_mib: float) -> list[Change]:
     """Search changes with which a training step fits in memory, the smallest first.
 
-    Of every way to shrink a step, the largest size is returned that fits, with and without
-    checkpointing and bfloat16. If the job fits as it is, the only change is none.
+    With and without bfloat16, this is the checkpointing that computes least again. What no
+    checkpointing makes fit gets the largest batch, the largest patches and the most filters that
+    do, each by itself, without checkpointing and with all of it.
 
     Args:
-        job: The job.
+        job: The job; if it fits as it is, the first change has no values.
         limit_mib: Memory for weights, gradients, moments, activations and temporaries.
 
     Raises:
         InputError: None fits; the message says how much the smallest of them takes.
     """
-    found: list[Change] = []
-    refused: list[float] = []
-    for values in _rounding(job):
-        if any(fits.values.items() <= values.items() for fits in found):
-            continue  # it fits with less
-        change = _change(job, values)
-        if change.memory.peak <= limit_mib:
-            found.append(change)
-            continue
-        refused.append(change.memory.peak)
-        for sizes in (_batches, _patches, _filters):
-            ladder = [{**values, **size} for size in sizes(job)]
-            largest = _first_that_fits(job, ladder, limit_mib, refused)
-            found += [] if largest is None else [largest]
-    if not found:
+    search = _Search(job, limit_mib)
+    plain = job.plain
+    kept = CHECKPOINTING.index(plain["model"].get("checkpointing", CHECKPOINTING[-1]))
+    recomputed: list[Values] = [{CHECKPOINTING_KEY: more} for more in CHECKPOINTING[kept + 1 :]]
+    half: list[Values] = [{PRECISION_KEY: "bf16-mixed"}]
+    for precision in ({}, *(half if plain["trainer"]["precision"] == "32-true" else [])):
+        options = [{**precision, **values} for values in ({}, *recomputed)]
+        if not search.first(options):
+            for values in (options[0], *options[1:][-1:]):
+                for sizes in (_batches, _patches, _filters):
+                    search.largest([{**values, **size} for size in sizes(job)])
+    if not search.found:
         raise InputError(
-            f"vram_gb: expected at least {min(refused) * 2**20 / 1e9:.2f}, which the smallest step "
-            f"takes that a change of batch, patches or filters leads to, found "
-            f"{limit_mib * 2**20 / 1e9:g}"
+            f"vram_gb: expected at least {search.least_mib * MIB / GIGA:.2f}, which the smallest "
+            f"step takes that fewer patches, smaller ones or fewer filters lead to, found "
+            f"{limit_mib * MIB / GIGA:g}"
         )
-    return sorted(found, key=lambda change: change.size)
+    return sorted(search.found, key=lambda change: change.size)
 
 
-def _rounding(job: Job) -> Iterator[Values]:
-    """Yield the changes that leave the training what it is, up to rounding; none at first."""
-    model, precision = job.plain["model"], job.plain["trainer"]["precision"]
-    kinds = [CHECKPOINTING] if model.get("checkpointing") == "none" else []
-    kinds += [HALF] if precision == "32-true" else []
-    for number in range(len(kinds) + 1):
-        for chosen in combinations(kinds, number):
-            yield {key: value for values in chosen for key, value in values.items()}
+class _Search:
+    """Collects changes that fit.
+
+    Attributes:
+        found: Those that fit.
+        least_mib: The least memory that any has taken.
+    """
+
+    def __init__(self, job: Job, limit_mib: float) -> None:
+        self.job = job
+        self.limit_mib = limit_mib
+        self.found: list[Change] = []
+        self.least_mib = math.inf
+
+    def first(self, options: Sequence[Values]) -> bool:
+        """Take the first that fits, if there is one."""
+        for values in options:
+            change = self._change(values)
+            if change.memory.peak <= self.limit_mib:
+                self.found.append(change)
+                return True
+        return False
+
+    def largest(self, ladder: Sequence[Values]) -> None:
+        """Take the first that fits of a ladder whose memory falls, by halving it."""
+        low, high = 0, len(ladder)
+        fits: list[Change] = []
+        while low < high:
+            middle = (low + high) // 2
+            change = self._change(ladder[middle])
+            if change.memory.peak <= self.limit_mib:
+                fits, high = [change], middle
+            else:
+                low = middle + 1
+        self.found += fits
+
+    def _change(self, values: Values) -> Change:
+        changed = self.job.changed(values)
+        before, after = self.job.plain, changed.plain
+        less = (
+            1 - after["filters"]["base"] / before["filters"]["base"],
+            1 - math.prod(sides_of(changed)) / math.prod(sides_of(self.job)),
+            1 - after["data"]["batch_size"] / before["data"]["batch_size"],
+        )
+        change = Change(values, predicted(changed).memory, less)
+        self.least_mib = min(self.least_mib, change.memory.peak)
+        return change
 
 
 def _batches(job: Job) -> Iterator[Values]:
@@ -106,46 +144,22 @@ def _batches(job: Job) -> Iterator[Values]:
 
 
 def _patches(job: Job) -> Iterator[Values]:
-    """Yield smaller patches, from the largest; each time the longest side loses a step."""
+    """Yield smaller patches, from the largest: each time, the longest side loses a step.
+
+    A cube stays a cube.
+    """
     smallest, step = smallest_side(job)
     sides = list(sides_of(job))
+    cube = len(set(sides)) == 1
     while max(sides) >= smallest + 2 * step:
-        longest = sides.index(max(sides))
-        sides[longest] -= step
-        equal = len(set(sides)) == 1
-        if equal or len(set(sides_of(job))) > 1:
-            yield {"patches.size": sides[0] if equal else list(sides)}
+        sides[sides.index(max(sides))] -= step
+        if len(set(sides)) == 1:
+            yield {"patches.size": sides[0]}
+        elif not cube:
+            yield {"patches.size": list(sides)}
 
 
 def _filters(job: Job) -> Iterator[Values]:
     """Yield fewer filters, from the most; widths are multiples of 8."""
     for filters in range((job.plain["filters"]["base"] - 1) // 8 * 8, 0, -8):
         yield {"filters.base": filters}
-
-
-def _change(job: Job, values: Values) -> Change:
-    changed = job.changed(values)
-    before, after = job.plain, changed.plain
-    less = (
-        1 - after["filters"]["base"] / before["filters"]["base"],
-        1 - math.prod(sides_of(changed)) / math.prod(sides_of(job)),
-        1 - after["data"]["batch_size"] / before["data"]["batch_size"],
-    )
-    return Change(values, predicted(changed).memory, less)
-
-
-def _first_that_fits(
-    job: Job, ladder: Sequence[Values], limit_mib: float, refused: list[float]
-) -> Change | None:
-    """Search the first change of a ladder of falling memory that fits, by halving it."""
-    low, high = 0, len(ladder)
-    found = None
-    while low < high:
-        middle = (low + high) // 2
-        change = _change(job, ladder[middle])
-        if change.memory.peak <= limit_mib:
-            found, high = change, middle
-        else:
-            refused.append(change.memory.peak)
-            low = middle + 1
-    return found

@@ -4,9 +4,7 @@ Memory is predicted without allocating it, time is measured for a few seconds, a
 written: no folder, no log, no cache.
 """
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from datamodules.cache import available_cores
 from datamodules.cases import Case
 from datamodules.phantom import MODALITIES, Phantoms
+from datamodules.phantom.data_sets import case_name
 from datamodules.splits import with_masks
 from experiments.calibration import Timed, device_of, predicted, slowdown, time_step, time_volume
 from experiments.combinations import check_arguments
@@ -30,6 +30,7 @@ from experiments.statistics import prospect
 from experiments.sweep import BASELINE_CELL, Cell, Run
 from hydra_plugins.one_factor_sweeper import PLAN_NAME, read_plan
 from lightning_modules.checkpoint import build
+from lightning_modules.memory import keep_freed
 
 BUDGET_S = 20.0  # of all measurements together, about
 BRAIN_MM = (135, 170, 140)  # sides of a brain, where no case is in the cache: mean of 64 phantoms
@@ -42,8 +43,8 @@ class Data:
     """What a run reads, and what of it is not on disk yet.
 
     Attributes:
-        validation: Number of validation cases.
-        test: Number of test cases.
+        validation: Number of validation cases that are scored.
+        test: Number of test cases that are scored.
         sides: Mean sides of a volume, in voxels.
         phantoms: Phantoms that have to be made.
         phantom_bytes: What they take on disk.
@@ -132,10 +133,16 @@ def epochs_and_steps(plain: Mapping[str, Any]) -> tuple[int, int]:
     """Return the epochs of a run, and its training steps, if nothing stops it early."""
     trainer, data = plain["trainer"], plain["data"]
     batches = math.ceil(data["patches_per_epoch"] / data["batch_size"])
-    for limit in (trainer.get("overfit_batches"), trainer.get("limit_train_batches")):
-        if limit:  # a share if it is a float, for Lightning
-            batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+    batches = limited(batches, trainer.get("limit_train_batches"))
+    batches = limited(batches, trainer.get("overfit_batches") or None)
     return trainer["max_epochs"], trainer["max_epochs"] * batches
+
+
+def limited(batches: int, limit: float | None) -> int:
+    """Limit a number of batches as Lightning does: to a number, or a share if that is a float."""
+    if limit is None:
+        return batches
+    return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
 
 
 def data_of(plain: Mapping[str, Any]) -> Data:
@@ -151,9 +158,9 @@ def data_of(plain: Mapping[str, Any]) -> Data:
         cases = data_set.cases()
         made = len(cases)
     else:  # phantoms, which may not have been made yet
-        cases = [Case(f"phantom_{index:04d}", {}, Path("seg.nii.gz")) for index in range(count)]
-        folders = [*root.glob("phantom_*"), *root.glob("[HL]GG/phantom_*")]
-        made = len({folder.name for folder in folders} & {case.name for case in cases})
+        cases = [Case(case_name(index), {}, Path("seg.nii.gz")) for index in range(count)]
+        folders = {folder.name for pattern in ("*", "[HL]GG/*") for folder in root.glob(pattern)}
+        made = len(folders & {case.name for case in cases})
     parts = module.split(with_masks(cases))
     folder = cache.root / cache.key(data_set)
     cached = [folder / case.name for case in cases if (folder / case.name / "case.json").is_file()]
@@ -166,8 +173,8 @@ def data_of(plain: Mapping[str, Any]) -> Data:
     images = len(MODALITIES if isinstance(data_set, Phantoms) else data_set.modalities)
     phantom = images * PHANTOM_IMAGE_BYTES * (2 / spacing_mm) ** 3
     return Data(
-        validation=len(parts.validation),
-        test=len(parts.test),
+        validation=limited(len(parts.validation), plain["trainer"].get("limit_val_batches")),
+        test=limited(len(parts.test), plain["trainer"].get("limit_test_batches")),
         sides=(x, y, z),
         phantoms=len(cases) - made,
         phantom_bytes=(len(cases) - made) * phantom,
@@ -189,19 +196,8 @@ def rows_of(jobs: Sequence[Job]) -> list[Row]:
     for job in by_folder.values():
         by_label.setdefault(_label(job, jobs), []).append(job)
     budget_s = min(3.0, max(0.3, BUDGET_S / 2 / len(by_label)))
-    networks: dict[str, Network] = {}
-    rows = []
-    for label, group in track(
-        by_label.items(), "measuring", console=Console(stderr=True), transient=True
-    ):
-        job = group[0]
-        check_arguments(job.config)
-        data = {**job.plain["data"], "seed": 0}
-        key = json.dumps([job.plain[node] for node in ("module", "patches", "trainer")] + [data])
-        if key not in networks:
-            networks[key] = _network(job, budget_s)
-        rows.append(Row(label, group, networks[key]))
-    return rows
+    progress = track(by_label.items(), "measuring", console=Console(stderr=True), transient=True)
+    return [Row(label, group, _network(group[0], budget_s)) for label, group in progress]
 
 
 def _label(job: Job, jobs: Sequence[Job]) -> str:
@@ -218,6 +214,9 @@ def _label(job: Job, jobs: Sequence[Job]) -> str:
 
 
 def _network(job: Job, budget_s: float) -> Network:
+    check_arguments(job.config)
+    if "memory" in job.config.callbacks:  # as in training
+        keep_freed()
     data = data_of(job.plain)
     step = predicted(job)
     step_time = time_step(job, step, budget_s)
@@ -268,8 +267,12 @@ def show_changes(rows: Sequence[Row], limit_gb: float, console: Console) -> None
             for change in changes_that_fit(row.jobs[0], limit_mib)
         ]
         console.print(_table(f"{title}. What fits, the smallest change first", lines))
+    device = "GPU" if device_of(rows[0].jobs[0]).type == "cuda" else "CPU"
     console.print(
-        "The memory of the driver and the workspaces of convolutions come on top.", highlight=False
+        f"Predicted as on a {device}; a GPU's driver and the workspaces of its convolutions come "
+        "on top.",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -329,7 +332,7 @@ def totals(rows: Sequence[Row]) -> list[str]:
     """Say how long all runs take, and what they leave on disk."""
     runs, left = sum(len(row.jobs) for row in rows), sum(len(row.remaining) for row in rows)
     device = device_of(rows[0].jobs[0])
-    cores = "" if device.type == "cuda" else f", {len(os.sched_getaffinity(0))} cores"
+    cores = "" if device.type == "cuda" else f", {available_cores()} cores"
     hours = sum(row.hours for row in rows)
     waiting = [row for row in rows if row.remaining]
     sets = {row.network.data.root: row.network.data for row in waiting}
@@ -374,45 +377,46 @@ def prospects(jobs: Sequence[Job]) -> list[str]:
     if not report:
         return []
     runs = [
-        Run(Cell(j.config.cell.factor, str(j.config.cell.level)), j.config.seed, j.folder)
-        for j in jobs
+        Run(Cell(job.config.cell.factor, str(job.config.cell.level)), job.config.seed, job.folder)
+        for job in jobs
     ]
-    sweep = jobs[0].folder.path.parent
-    cells = {run.cell for run in runs}
-    if (sweep / PLAN_NAME).is_file():  # what is planned there already is of the same family
-        planned = read_plan(sweep / PLAN_NAME)["cells"]
-        cells |= {Run.from_plan(entry, sweep).cell for entry in planned}
-    margins, alpha = report["margin"], report["alpha"]
-    comparisons = (len(cells) - 1) * len(margins)
     seeds = len({run.seed for run in runs})
     if seeds < 2:
         return ["One seed says nothing about the next one: no level can be decided with it."]
-    pilots = {
-        cell: [run for run in runs if run.cell == cell and run.folder.is_finished] for cell in cells
-    }
-    pilots = {cell: found for cell, found in pilots.items() if len(found) > 1}
+    cells = {run.cell for run in runs}
+    folder = jobs[0].folder.path.parent
+    if (folder / PLAN_NAME).is_file():  # what is planned there already is of the same family
+        cells |= {Run.from_plan(c, folder).cell for c in read_plan(folder / PLAN_NAME)["cells"]}
+    pilots: dict[Cell, list[Run]] = {}
+    for run in runs:
+        if run.folder.is_finished:
+            pilots.setdefault(run.cell, []).append(run)
+    pilots = {cell: pilot for cell, pilot in pilots.items() if len(pilot) > 1}
     baseline = pilots.pop(BASELINE_CELL, [])
     if not baseline or not pilots:
         return [
             "What the sweep can tell is not known before two seeds of the baseline and of one "
             "level are finished."
         ]
-    lines = []
-    for region, margin in margins.items():
-        scores = np.array([run.dice(region) for run in baseline])
+    if len({tuple(run.scores) for pilot in (baseline, *pilots.values()) for run in pilot}) > 1:
+        return ["What the sweep can tell is not known: its finished runs have other test cases."]
+    lines = [f"What the sweep can tell four times in five, for half of {len(pilots)} levels:"]
+    for region, margin in report["margin"].items():
+        comparisons = (len(cells) - 1) * len(report["margin"])
         found = [
             prospect(
-                scores, np.array([run.dice(region) for run in level]), seeds, alpha, comparisons
+                _dice(baseline, region), _dice(pilot, region), seeds, report["alpha"], comparisons
             )
-            for level in pilots.values()
+            for pilot in pilots.values()
         ]
-        detectable = np.median([one.detectable for one in found])
-        provable = np.median([one.provable for one in found])
+        detectable, provable = np.median(found, axis=0)
         lines.append(
-            f"{region}: with {seeds} seeds, {scores.shape[1]} cases and {comparisons} comparisons, "
-            f"four times in five a difference of {detectable:.3f} comes out as different, and none "
-            f"at all as equivalent within {provable:.3f}; the margin is {margin:g}"
-            + (": too narrow to be decided." if provable > margin else ".")
+            f"{region}: that a difference of {detectable:.3f} is not 0, and that one of 0 is "
+            f"within {provable:.3f} ({seeds} seeds, {comparisons} comparisons). The margin is "
+            f"{margin:g}{', too narrow' if not provable <= margin else ''}."
         )
-    lines.append(f"(Half of {len(pilots)} levels whose pilot has two seeds or more.)")
     return lines
+
+
+def _dice(runs: Sequence[Run], region: str) -> np.ndarray:
+    return np.array([run.dice(region) for run in runs])

@@ -128,7 +128,7 @@ def estimate(baseline: np.ndarray, level: np.ndarray) -> Estimate:
 
 
 class Prospect(NamedTuple):
-    """What a comparison will be able to tell four times in five (`POWER`).
+    """What a comparison will be able to tell four times in five (`POWER`); NaN if that is unknown.
 
     Attributes:
         detectable: The true difference that would come out as different.
@@ -158,6 +158,8 @@ def prospect(
     scored = ~np.isnan(np.concatenate([baseline, level])).any(0)
     arms = [arm[:, scored] for arm in (baseline, level)]
     cases = int(scored.sum())
+    if cases < 2:
+        return Prospect(np.nan, np.nan)
     pilot = np.array([len(arm) for arm in arms])
     seed_variances = np.array([arm.mean(1).var(ddof=1) for arm in arms])
     deviations = [arm - arm.mean(0) - arm.mean(1, keepdims=True) + arm.mean() for arm in arms]
@@ -166,6 +168,8 @@ def prospect(
     of_cases = max(differences - float((residuals / pilot).sum()), 0.0)
     of_seeds = seed_variances / seeds
     variance = of_seeds.sum() + of_cases
+    if variance <= 0:  # nothing varies, which says nothing about the next seed
+        return Prospect(np.nan, np.nan)
     squares = (of_seeds**2).sum() / (seeds - 1)
     squares += (of_cases + residuals.sum() / seeds) ** 2 / (cases - 1)
     freedom = max(variance**2 / squares, seeds - 1)

@@ -19,6 +19,7 @@ Examples:
   python train.py -m model=aeunet norm=group,batch        two runs
   python train.py experiment=null_report factors=norm     with a verdict
   python train.py data=brats data.data_set.root=FOLDER    your own scans
+  python train.py plan=true vram_gb=6                     what it costs; nothing is written
   python train.py --cfg job                               the whole configuration
   python train.py --hydra-help                            launchers, sweepers, completion
 
@@ -30,7 +31,7 @@ VALUES = (
     *("optimizer.lr", "trainer.max_epochs", "trainer.accelerator", "patches.size"),
     *("patches.batch_size", "patches.per_epoch", "data.num_workers", "data.cache.spacing_mm"),
     *("data.sampler.lesion_share", "split.validation", "split.test", "logger.wandb.offline"),
-    *("resume", "again"),
+    *("resume", "again", "plan", "vram_gb"),
 )
 
 

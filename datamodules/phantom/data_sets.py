@@ -113,10 +113,15 @@ def _write_missing(root: Path, settings: _Settings, count: int, workers: int) ->
             future.result()
 
 
+def case_name(index: int) -> str:
+    """Name a case, whether it has been made or not."""
+    return f"phantom_{index:04d}"
+
+
 def _case_folder(root: Path, settings: _Settings, index: int) -> Path:
     """Return the folder of a case, which for gliomas lies in the folder of its grade."""
     grade = draw_grade(RandomStreams(settings.seed, index)) if settings.kind == "glioma" else ""
-    return root / grade / f"phantom_{index:04d}"
+    return root / grade / case_name(index)
 
 
 def _write_case(root: Path, settings: _Settings, index: int) -> None:

@@ -351,7 +351,9 @@ def totals(rows: Sequence[Row]) -> list[str]:
     )
     not_timed = "Not in it: loading patches, metrics and pictures"
     if phantoms or uncached:
-        not_timed += ", and making phantoms and cache"
+        not_timed += ", making phantoms and cache"
+    if any(row.jobs[0].config.compile for row in rows):
+        not_timed += ", compiling and what it saves"
     lines = [f"{first}. {not_timed}.", f"Disk: {sum(sizes.values()) / GIGA:.2f} GB ({parts})."]
     if any(row.network.step_time.scale != 1 or row.network.volume_time.scale != 1 for row in rows):
         lines.append("(x...): a part was run, and its time multiplied.")

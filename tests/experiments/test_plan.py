@@ -1,7 +1,6 @@
 """What `plan=true` says of a command, and that it leaves nothing behind."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -446,10 +445,3 @@ def test_a_pilot_says_what_a_sweep_can_tell():
     (one,) = plan.prospects(jobs[:2])
     assert one.startswith("One seed says nothing")
     assert plan.prospects(jobs_of(*TINY["aeunet"], *PHANTOMS)) == []
-
-
-def test_a_plan_is_not_made_where_hydra_makes_folders(composed: Callable):
-    from experiments.schema import checked
-
-    with pytest.raises(InputError, match="plan: expected plan=true on the command line"):
-        checked(composed("plan=true"))

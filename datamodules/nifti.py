@@ -78,7 +78,8 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
             # The checksum stands behind the last voxel, where nibabel stops reading.
             image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
         image = nib.as_closest_canonical(image)
-        voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
+        with np.errstate(over="ignore"):  # a voxel beyond float32 is infinite, and refused below
+            voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
     voxels = voxels.reshape(voxels.shape[:3])
     if bad := voxels.size - np.count_nonzero(np.isfinite(voxels)):
         raise InputError(f"{path}: expected finite voxels, found {bad} NaN or infinite")

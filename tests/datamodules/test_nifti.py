@@ -81,6 +81,13 @@ def test_a_volume_that_cannot_be_used_is_named(tmp_path, voxels, affine, message
         read_volume(path)
 
 
+def test_a_voxel_beyond_float32_is_infinite(tmp_path):
+    path = tmp_path / "a.nii"
+    nib.save(nib.Nifti1Image(np.full((2, 3, 4), 1e300), np.eye(4)), path)
+    with pytest.raises(InputError, match="expected finite voxels, found 24 NaN or infinite"):
+        read_volume(path)
+
+
 def test_a_wrong_checksum_is_named(tmp_path):
     """One bit of the checksum, which stands behind all that nibabel reads."""
     noise = np.random.default_rng(0).standard_normal((30, 30, 30))

@@ -64,7 +64,9 @@ def rows_said(text: str) -> dict[str, list[list[str]]]:
 
 @pytest.mark.parametrize("model", TINY)
 def test_a_plan_of_every_model_leaves_nothing_behind(model: str, capsys: Any, workplace: Path):
+    before = HydraConfig.instance().cfg
     text = said(capsys, f"model={model}", *TINY[model], *PHANTOMS)
+    assert HydraConfig.instance().cfg is before
     runs, step = rows_said(text)[model]
     (job,) = jobs_of(f"model={model}", *TINY[model], *PHANTOMS)
     cost = predicted(job)
@@ -75,7 +77,6 @@ def test_a_plan_of_every_model_leaves_nothing_behind(model: str, capsys: Any, wo
     assert "20 phantoms" in text
     assert "cache of 20 cases" in text
     assert list(workplace.iterdir()) == []
-    assert HydraConfig.instance().cfg is None
 
 
 def test_a_sweep_counts_every_run_once(capsys: Any, workplace: Path):

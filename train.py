@@ -21,6 +21,7 @@ from errors import InputError
 from experiments.combinations import check_arguments, check_sources
 from experiments.command import BusyError, command, job
 from experiments.jobs import composed_jobs, memory_limit_gb, wants_plan
+from experiments.ranks import all_ranks, is_first
 from experiments.run import RunFolder
 from experiments.schema import checked
 from experiments.usage import usage
@@ -65,7 +66,8 @@ def train(config: DictConfig) -> float:
     """Run what `config` describes, or read what came out of it before.
 
     Returns:
-        The objective; NaN if it is a score of cases that the split does not have.
+        The objective; NaN if it is a score of cases that the split does not have, and in the
+        further processes of a run on several devices.
 
     Raises:
         InputError: A value, a file or the data cannot be used.
@@ -85,6 +87,8 @@ def train(config: DictConfig) -> float:
             logging.info("finished before; again=true trains it again")
         else:
             results = run(config, folder)
+            if not is_first():
+                return math.nan
             results.write(folder)
     show(results, folder)
     stage = str(config.objective).split("/")[0]
@@ -127,7 +131,8 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     trainer.callbacks += [SaveConfig(plain), SaveSeenCases(), own]
     if resume is not None:
         check_same_network(resume, plain["model"])
-    return fit_and_test(module, datamodule, trainer, folder, plain, resume, anew=config.again)
+    with all_ranks(trainer):
+        return fit_and_test(module, datamodule, trainer, folder, plain, resume, anew=config.again)
 
 
 def plan(arguments: Sequence[str]) -> None:

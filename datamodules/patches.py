@@ -282,11 +282,14 @@ def finish_patches(batch: dict[str, Any]) -> dict[str, Any]:
 class EpochSampler(Sampler[PatchKey]):
     """Yields the keys (epoch, index) of the queue in order; each rank takes whole batches in turn.
 
-    A balance that holds in every run of consecutive patches then holds on every rank too, which it
-    would not if the ranks took single patches in turn.
+    A step of all ranks then has the patches that a step of one process with a batch as large as
+    theirs together has. A balance that holds in every run of consecutive patches holds on every
+    rank too, which it would not if the ranks took single patches in turn.
 
     Args:
-        patches: Patches that all ranks see together in an epoch.
+        patches: Patches that all ranks see together in an epoch. Several ranks leave out, at its
+            end, what does not fill a step of all: gradients are averaged over the ranks, so that
+            all must have as many patches.
         batch_size: Patches per step and rank.
         rank: Rank of this process.
         ranks: Number of ranks.
@@ -294,10 +297,14 @@ class EpochSampler(Sampler[PatchKey]):
 
     def __init__(self, patches: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
         self.epoch = 0
-        batches = [range(i, min(i + batch_size, patches)) for i in range(0, patches, batch_size)]
-        # All ranks must take equally many steps.
-        even = len(batches) - len(batches) % ranks
-        self.indices = [index for batch in batches[rank:even:ranks] for index in batch]
+        step = batch_size * ranks
+        if ranks > 1:
+            patches -= patches % step
+        self.indices = [
+            index
+            for start in range(rank * batch_size, patches, step)
+            for index in range(start, min(start + batch_size, patches))
+        ]
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the keys; Lightning calls this at the start of every epoch."""
@@ -308,6 +315,17 @@ class EpochSampler(Sampler[PatchKey]):
 
     def __iter__(self) -> Iterator[PatchKey]:
         return ((self.epoch, index) for index in self.indices)
+
+
+def indices_of_rank(cases: int, rank: int, ranks: int) -> list[int]:
+    """Return which cases a rank validates or tests, as many for each rank.
+
+    All ranks must take as many steps, so the last ones may begin again with the first cases.
+    Metrics tell cases apart by their index, and count each once.
+    """
+    if not cases:
+        return []
+    return [index % cases for index in range(rank, cases + -cases % ranks, ranks)]
 
 
 class PatchDataModule(pl.LightningDataModule):
@@ -327,7 +345,7 @@ class PatchDataModule(pl.LightningDataModule):
         split: Which cases are for training, validation and testing.
         sampler: How patches are drawn.
         augmentation: TorchIO transform of the patches.
-        patches_per_epoch: Patches that all ranks see together in an epoch.
+        patches_per_epoch: Patches that all ranks see together in an epoch, see `EpochSampler`.
         batch_size: Patches per step and rank; whole volumes come one by one.
         num_workers: Processes that load patches; their number changes no patch.
         seed: Seed of the stream of patches.
@@ -405,9 +423,13 @@ class PatchDataModule(pl.LightningDataModule):
             self.patches_per_epoch,
             self.seed,
         )
-        keys = EpochSampler(
-            len(queue), self.batch_size, self.trainer.global_rank, self.trainer.world_size
-        )
+        ranks = self.trainer.world_size
+        keys = EpochSampler(len(queue), self.batch_size, self.trainer.global_rank, ranks)
+        if not len(keys):
+            raise InputError(
+                f"patches.per_epoch: expected at least {self.batch_size * ranks}, a batch of "
+                f"{self.batch_size} for each of {ranks} devices, found {len(queue)}"
+            )
         # A resumed run starts its workers before Lightning tells the sampler the epoch, and before
         # `current_epoch` counts the epoch that the checkpoint ended (pytorch-lightning#21938).
         progress: Any = self.trainer.fit_loop.epoch_progress.current
@@ -438,7 +460,9 @@ class PatchDataModule(pl.LightningDataModule):
         # No worker: reading a volume is a copy out of the page cache, not worth a process.
         cached = self.cache.build(cases, self.data_set)
         volumes = Volumes(cached, self.data_set, self.sampler.mirrored, scan_grids)
-        return DataLoader(volumes, collate_fn=collate_volumes)
+        assert self.trainer is not None
+        mine = indices_of_rank(len(cases), self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(volumes, sampler=mine, collate_fn=collate_volumes)
 
 
 def _hashed(*numbers: int) -> int:

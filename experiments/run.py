@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from errors import InputError
+from experiments.ranks import is_first
 
 # What a run is: its name is a hash of these nodes of the configuration, less the keys below.
 IDENTITY = ("module", "data", "seed", "trainer", "callbacks", "resume", "compile")
@@ -37,6 +38,7 @@ NO_EFFECT = (
     "trainer.logger",
     "trainer.num_sanity_val_steps",
     "trainer.plugins",
+    "trainer.strategy",
     "callbacks.learning_rate",
     "callbacks.memory",
     "callbacks.pictures",
@@ -173,9 +175,8 @@ class RunFolder:
         the first claims for all.
         """
         from filelock import FileLock, Timeout
-        from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-        if getattr(rank_zero_only, "rank", 0) != 0:
+        if not is_first():
             yield True
             return
         self.path.mkdir(parents=True, exist_ok=True)

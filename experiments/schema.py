@@ -170,6 +170,7 @@ RULES: dict[str, Rule] = {
     ),
     "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
     "trainer.devices": either(one_of("auto", -1), whole(1), several(whole(0), 1)),
+    "trainer.strategy": one_of("auto", "ddp"),
     "trainer.deterministic": either(flag, one_of("warn")),
     "trainer.log_every_n_steps": whole(0),
     "trainer.num_sanity_val_steps": whole(-1),

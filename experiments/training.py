@@ -16,6 +16,7 @@ from torch import Tensor
 from datamodules.patches import PatchDataModule
 from experiments.compilation import compile_network
 from experiments.cost import predict_step
+from experiments.ranks import is_first
 from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import check_unseen
@@ -27,6 +28,8 @@ MEANT = (
     "The '.*_dataloader' does not have many workers",  # reading is cheap, see data.num_workers
     "Checkpoint directory .* exists and is not empty",  # a run's folder holds all of it
     "You requested to overfit but enabled train dataloader shuffling",  # our sampler: no shuffling
+    "It is recommended to use `self.log",  # what is logged is the same in all processes
+    "Grad strides do not match",  # of kernels of one voxel, which are equal in both
     "The dirpath has changed from",  # a checkpoint of another run is continued in this folder
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 under torch 2.13
 )
@@ -62,6 +65,8 @@ def fit_and_test(
 ) -> Results:
     """Train a module, then validate and test the best checkpoint that came out of it.
 
+    All processes of a run on several devices call this, and get the same scores.
+
     A part of the split without cases is left out. Without validation cases no checkpoint is better
     than another: the last one is taken for the best, and training does not stop early.
 
@@ -93,7 +98,7 @@ def fit_and_test(
         check_unseen(resume, {case.name: case.identity for case in test_cases})
     if not parts.validation:
         train_without_validation(trainer)
-    if anew:
+    if anew and is_first():
         folder.clear()
     if config["compile"]:
         compile_network(module, trainer, shape)

@@ -14,10 +14,11 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
-from files import write_text
+from files import write_text, written_whole
 from lightning_modules.checkpoint import CONFIG_KEY, SEEN_KEY, STOPPED_KEY
 from lightning_modules.memory import keep_freed
 from lightning_modules.pictures import busiest_slice, draw_case, plane
+from lightning_modules.ranks import told_by_ranks
 from lightning_modules.segmentation import Batch, SegmentationModule, VolumeBatch
 
 Masks = Any  # what the steps return: predicted masks (B, R, X, Y, Z); Lightning's type is a union
@@ -88,9 +89,10 @@ class RememberStop(Callback):
 
 
 class SeedEveryStep(Callback):
-    """Seeds torch before every training step, by the run's seed and the step.
+    """Seeds torch before every training step, by the run's seed, the step and the process.
 
-    A resumed run then draws the same noise in the bottleneck as an uninterrupted one.
+    A resumed run then draws the same noise in the bottleneck as an uninterrupted one, and no two
+    patches of a step that several processes take together have the same noise.
     """
 
     def __init__(self, seed: int) -> None:
@@ -99,7 +101,7 @@ class SeedEveryStep(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        sequence = np.random.SeedSequence([self.seed, trainer.global_step])
+        sequence = np.random.SeedSequence([self.seed, trainer.global_step, trainer.global_rank])
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
@@ -134,7 +136,8 @@ class ChooseThreshold(Callback):
 class LogSlices(Callback):
     """Logs axial slices of the first validation cases to W&B, with true and predicted masks.
 
-    Each is the slice with the largest area of the outermost true region.
+    Each is the slice with the largest area of the outermost true region. Of several processes, the
+    first logs those of its own cases.
 
     Args:
         cases: Number of cases to log.
@@ -154,7 +157,7 @@ class LogSlices(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx >= self.cases:
+        if int(batch["index"][0]) >= self.cases or not trainer.is_global_zero:
             return
         for logger in wandb_loggers(trainer):
             import wandb
@@ -208,9 +211,12 @@ class CaseTable(Callback):
         # Lightning calls this before the module's own hook, which resets its metrics.
         assert isinstance(pl_module, SegmentationModule)
         by_case = pl_module.metrics["test"].rows()
+        names = {index: name for told in told_by_ranks(self.names) for index, name in told.items()}
+        if not trainer.is_global_zero:
+            return
         columns = ["case", *next(iter(by_case.values()))]
         rows = [
-            [self.names[index], *(round(value, 6) for value in scores.values())]
+            [names[index], *(round(value, 6) for value in scores.values())]
             for index, scores in by_case.items()
         ]
         text = StringIO()
@@ -234,6 +240,9 @@ class CasePictures(Callback):
         self.cases = cases
         self.channel = channel
 
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.names: dict[int, str] = {}
+
     def on_test_batch_end(
         self,
         trainer: pl.Trainer,
@@ -243,21 +252,28 @@ class CasePictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx >= self.cases:
-            return
         regions = regions_of(trainer)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for item, case in enumerate(batch["case"]):
+        for item, (index, case) in enumerate(
+            zip(batch["index"].tolist(), batch["case"], strict=True)
+        ):
+            if index >= self.cases:
+                continue
             rows = {
                 name: dict(zip(regions, as_array(masks[item]), strict=True))
                 for name, masks in {"truth": batch["mask"], "prediction": outputs}.items()
             }
             scan = scan_of(trainer, batch["image"][item], self.channel)
             figure = draw_case(scan, rows, title=case)
-            path = self.folder / f"{case}.png"
-            figure.savefig(path, dpi=80)
-            for logger in wandb_loggers(trainer):
-                logger.log_image("test/pictures", [str(path)], caption=[case])
+            with written_whole(self.folder / f"{case}.png") as path:
+                figure.savefig(path, dpi=80)
+            self.names[index] = case
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = {index: name for told in told_by_ranks(self.names) for index, name in told.items()}
+        for logger in wandb_loggers(trainer):  # does nothing in other processes than the first
+            for _, case in sorted(names.items()):
+                path = str(self.folder / f"{case}.png")
+                logger.log_image("test/pictures", [path], caption=[case])
 
 
 def wandb_loggers(trainer: pl.Trainer) -> Iterator[WandbLogger]:

@@ -14,8 +14,9 @@ from torch.optim.optimizer import ParamsT
 from errors import InputError
 from lightning_modules.inference import Flip, Inference
 from lightning_modules.losses import Loss, Terms
-from lightning_modules.metrics import CaseMetrics
+from lightning_modules.metrics import CaseMetrics, MeanOverCases
 from lightning_modules.metrics.lesions import OnScanGrid
+from lightning_modules.ranks import mean_of_ranks, told_by_ranks
 
 MakeOptimizer = Callable[[ParamsT], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -75,6 +76,7 @@ class SegmentationModule(pl.LightningModule):
         self.scheduler = scheduler
         self.inference = inference
         self.metrics: Any = nn.ModuleDict({stage: metrics() for stage in ("val", "test")})
+        self.volume_losses: Any = nn.ModuleDict({stage: MeanOverCases() for stage in self.metrics})
 
     @property
     def threshold(self) -> float:
@@ -118,9 +120,12 @@ class SegmentationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms = self.terms(batch)
-        self.stop_unless_finite(terms, batch)
+        # What is logged, and what stops the training, is the same in all processes.
+        means = mean_of_ranks(torch.stack([term.detach().float() for term in terms.values()]))
+        mean_terms = dict(zip(terms, means, strict=True))
+        self.stop_unless_finite(mean_terms, batch)
         self.log_dict(
-            {f"train/{name}": value for name, value in terms.items()},
+            {f"train/{name}": value for name, value in mean_terms.items()},
             batch_size=len(batch["image"]),
             on_step=True,
             on_epoch=True,
@@ -136,9 +141,10 @@ class SegmentationModule(pl.LightningModule):
         finite = torch.stack([term.detach().isfinite() for term in terms.values()])
         if not finite.all():
             names = [name for name, ok in zip(terms, finite.tolist(), strict=True) if not ok]
+            cases = [case for cases in told_by_ranks(batch["case"]) for case in cases]
             raise FloatingPointError(
                 f"{', '.join(names)} not finite at step {self.global_step} "
-                f"(epoch {self.current_epoch}), cases {', '.join(batch['case'])}: lower "
+                f"(epoch {self.current_epoch}), cases {', '.join(cases)}: lower "
                 "optimizer.lr or look at these images"
             )
 
@@ -152,7 +158,7 @@ class SegmentationModule(pl.LightningModule):
         """Score whole volumes, and return the predicted masks for the callbacks."""
         logits = self.logits(batch["image"])
         loss = self.loss.on_volume(logits, batch)["loss"]
-        self.log(f"{stage}/loss", loss, batch_size=len(batch["image"]), sync_dist=True)
+        self.volume_losses[stage].update(loss, batch["index"])
         probability = logits.sigmoid()
         self.metrics[stage].update(probability, batch)
         return probability > self.metrics[stage].threshold
@@ -164,8 +170,9 @@ class SegmentationModule(pl.LightningModule):
         self.log_metrics("test")
 
     def log_metrics(self, stage: str) -> None:
-        scores = self.metrics[stage].compute()
+        scores = {**self.metrics[stage].compute(), "loss": self.volume_losses[stage].compute()}
         self.metrics[stage].reset()
+        self.volume_losses[stage].reset()
         self.log_dict({f"{stage}/{name}": value for name, value in scores.items()})
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401  (Lightning's own union of eight types)

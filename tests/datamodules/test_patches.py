@@ -24,6 +24,7 @@ from datamodules.patches import (
     Volumes,
     collate_patches,
     finish_patches,
+    indices_of_rank,
 )
 from datamodules.sampling import BalancedSampler
 from datamodules.splits import FractionSplit, read_names
@@ -268,7 +269,10 @@ def test_a_share_of_lesions_without_any_lesion_is_refused(tmp_path: Path):
         PatchQueue(cases, data_set, BalancedSampler(8), FLIP, 12, seed=0)
 
 
-@pytest.mark.parametrize(("patches", "batch_size", "ranks"), [(24, 4, 1), (24, 4, 2), (26, 4, 3)])
+@pytest.mark.parametrize(
+    ("patches", "batch_size", "ranks"),
+    [(24, 4, 1), (26, 4, 1), (24, 4, 2), (26, 4, 2), (26, 4, 3), (40, 4, 3)],
+)
 def test_ranks_share_the_batches_of_an_epoch(patches: int, batch_size: int, ranks: int):
     samplers = [EpochSampler(patches, batch_size, rank, ranks) for rank in range(ranks)]
     for sampler in samplers:
@@ -281,10 +285,21 @@ def test_ranks_share_the_batches_of_an_epoch(patches: int, batch_size: int, rank
     assert len(steps) == 1  # ranks wait for each other at every step
     if ranks == 1:
         assert [index for _, index in together] == list(range(patches))
+    for step in range(steps.pop()):  # as in one process with batches as large as theirs together
+        taken = [index for rank in keys for _, index in rank[step * batch_size :][:batch_size]]
+        first = step * batch_size * ranks
+        assert taken == list(range(patches))[first : first + batch_size * ranks]
     for rank in keys:  # batches are whole: the balance of a run of patches holds
         for start in range(0, len(rank) - batch_size, batch_size):
             batch = [index for _, index in rank[start : start + batch_size]]
             assert batch == list(range(batch[0], batch[0] + batch_size))
+
+
+@pytest.mark.parametrize(("cases", "ranks"), [(6, 1), (6, 2), (7, 2), (2, 3), (1, 4), (0, 2)])
+def test_ranks_share_the_cases_and_take_as_many_steps(cases: int, ranks: int):
+    shares = [indices_of_rank(cases, rank, ranks) for rank in range(ranks)]
+    assert {index for share in shares for index in share} == set(range(cases))
+    assert {len(share) for share in shares} == {-(-cases // ranks)}
 
 
 def data_module(brats: Path, cache_root: Path) -> PatchDataModule:
@@ -345,6 +360,15 @@ def test_resumed_epoch_starts_where_it_should(brats: Path, cache_root: Path, tmp
     loader = module.train_dataloader()
     assert isinstance(loader.sampler, EpochSampler)
     assert next(iter(loader.sampler)) == (4, 0)
+
+
+def test_an_epoch_without_a_step_is_refused(brats: Path, cache_root: Path, tmp_path: Path):
+    module = data_module(brats, cache_root)
+    module.patches_per_epoch = 0
+    module.trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    module.setup("fit")
+    with pytest.raises(InputError, match=r"per_epoch: expected at least 2, .* 1 devices, found 0"):
+        module.train_dataloader()
 
 
 def test_voxels_outside_the_crop_are_counted_by_region(tmp_path: Path):

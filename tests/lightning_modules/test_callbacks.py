@@ -1,6 +1,7 @@
 """Callbacks: the operating point, the table of cases, seeds, and what pictures show."""
 
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -192,27 +193,32 @@ def test_the_table_has_a_row_of_every_test_case(tmp_path: Path):
 
 
 class AtStep(pl.Trainer):
-    """A trainer of which only the step is known."""
+    """A trainer of which only the step and the process are known."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, rank: int) -> None:
         self.step = step
+        self.rank = rank
 
     @property
     def global_step(self) -> int:
         return self.step
 
+    @property
+    def global_rank(self) -> int:
+        return self.rank
 
-def test_noise_depends_on_seed_and_step_alone():
+
+def test_noise_depends_on_seed_step_and_process_alone():
     module = detector()
 
-    def noise(seed: int, step: int) -> float:
-        SeedEveryStep(seed).on_train_batch_start(AtStep(step), module, {}, 0)
+    def noise(seed: int, step: int, rank: int) -> float:
+        SeedEveryStep(seed).on_train_batch_start(AtStep(step, rank), module, {}, 0)
         return torch.randn(()).item()
 
-    first = noise(0, 7)
+    first = noise(0, 7, 0)
     torch.randn(100)
-    assert noise(0, 7) == first
-    assert len({noise(seed, step) for seed in (0, 1) for step in (7, 8)}) == 4
+    assert noise(0, 7, 0) == first
+    assert len({noise(*numbers) for numbers in product((0, 1), (7, 8), (0, 1))}) == 8
 
 
 def test_the_configuration_goes_into_the_checkpoint():

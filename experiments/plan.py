@@ -112,7 +112,9 @@ class Row:
         plain, network = self.jobs[0].plain, self.network
         epochs, steps = epochs_and_steps(plain)
         validations = epochs // plain["trainer"]["check_val_every_n_epoch"] + 1
-        volumes = validations * network.data.validation + network.data.test
+        devices = number_of_devices(plain["trainer"]["devices"])
+        volumes = validations * math.ceil(network.data.validation / devices)
+        volumes += math.ceil(network.data.test / devices)
         return steps * network.step_time.seconds + volumes * network.volume_time.seconds
 
     @property
@@ -132,10 +134,19 @@ class Row:
 def epochs_and_steps(plain: Mapping[str, Any]) -> tuple[int, int]:
     """Return the epochs of a run, and its training steps, if nothing stops it early."""
     trainer, data = plain["trainer"], plain["data"]
-    batches = math.ceil(data["patches_per_epoch"] / data["batch_size"])
+    devices = number_of_devices(trainer["devices"])
+    batches = data["patches_per_epoch"] / (data["batch_size"] * devices)
+    batches = math.ceil(batches) if devices == 1 else math.floor(batches)  # see `EpochSampler`
     batches = limited(batches, trainer.get("limit_train_batches"))
     batches = limited(batches, trainer.get("overfit_batches") or None)
     return trainer["max_epochs"], trainer["max_epochs"] * batches
+
+
+def number_of_devices(devices: int | str | Sequence[int]) -> int:
+    """Return the devices of a trainer; those that it would look for itself count as one."""
+    if isinstance(devices, str):
+        return 1
+    return max(devices, 1) if isinstance(devices, int) else len(devices)
 
 
 def limited(batches: int, limit: float | None) -> int:

@@ -12,21 +12,26 @@ CPU the small one is, and the memory of the others is predicted.
 import argparse
 import math
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.networks.nets.segresnet import SegResNetVAE
 from torch import Tensor, nn
 
+from datamodules.brats import BraTS
+from datamodules.cache import Cache
 from experiments.benchmarks.detection import brain
 from experiments.benchmarks.detection import module as detector
 from experiments.command import command
 from experiments.cost import Step, predict_step
+from experiments.jobs import composed_jobs
 from experiments.results import device_name
 from experiments.tables import markdown
 from experiments.timing import TrainingStep, seconds_a_volume, synchronise
@@ -44,6 +49,7 @@ from lightning_modules.segmentation import Batch, SegmentationModule
 
 REGIONS = ("WT", "TC", "ET")
 CROP = (160, 192, 128)  # of the whole brain, as the project plans for one GPU of 6 GB
+CONF = Path(__file__).parents[2] / "conf"
 RELU = partial(nn.ReLU, inplace=True)
 Rows = list[dict[str, str]]
 
@@ -273,7 +279,46 @@ def measure_growth(device: str, repeats: int) -> dict[str, list[tuple[float, flo
             taken = seconds_a_volume({name: module}, [volume], repeats)[name][0]
             points.append((float(side**3), float(taken), math.nan))
         growth[f"voxels of a volume, {name}"] = points
+    return growth | measure_preparation(repeats)
+
+
+def measure_preparation(repeats: int) -> dict[str, list[tuple[float, float, float]]]:
+    """Measure how what comes before a run grows; returns (size, seconds, NaN) by what grows."""
+    import train  # noqa: F401  (registers what the configuration computes with)
+
+    growth: dict[str, list[tuple[float, float, float]]] = {
+        "cases, preprocessed": [],
+        "cases, out of the cache": [],
+        "cells of a sweep, planned": [],
+    }
+    for count in (8, 16, 32, 64):
+        with tempfile.TemporaryDirectory() as folder:
+            data_set = BraTS(write_noise(Path(folder) / "data", count))
+            cases = data_set.cases()
+            cache = Cache(Path(folder) / "cache", 1, "brain", workers=1)
+            for name in list(growth)[:2]:
+                start = time.perf_counter()
+                cache.build(cases, data_set)
+                growth[name].append((count, time.perf_counter() - start, math.nan))
+    for count in (4, 8, 16, 32):
+        arguments = ["-m", f"seed={','.join(map(str, range(count)))}"]
+        taken = seconds({"": partial(composed_jobs, arguments, CONF)}, repeats)[""]
+        growth["cells of a sweep, planned"].append((count, taken, math.nan))
     return growth
+
+
+def write_noise(root: Path, cases: int) -> Path:
+    """Write a BraTS folder of cubes of noise, 40 mm along a side, in air."""
+    random = np.random.default_rng(0)
+    for index in range(cases):
+        name = f"BraTS2021_{index:05d}"
+        (root / name).mkdir(parents=True)
+        for part in ("t1", "t1ce", "t2", "flair", "seg"):
+            voxels = np.pad(random.integers(500, 1000, (40, 40, 40), np.int16), 6)
+            if part == "seg":
+                voxels = (voxels > 900).astype(np.int16)
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), root / name / f"{name}_{part}.nii.gz")
+    return root
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

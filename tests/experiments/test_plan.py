@@ -296,6 +296,8 @@ def test_a_large_step_is_timed_in_part_and_scaled_by_its_operations(monkeypatch:
         (["patches.per_epoch=8", "patches.batch_size=2", "trainer.max_epochs=2"], (2, 8)),
         (["patches.per_epoch=8", "+trainer.limit_train_batches=2", "trainer.max_epochs=2"], (2, 4)),
         (["patches.per_epoch=8", "+trainer.limit_train_batches=0.5", "patches.epochs=2"], (2, 4)),
+        (["patches.per_epoch=11", "trainer.devices=2", "patches.epochs=2"], (2, 4)),
+        (["patches.per_epoch=11", "trainer.devices=[0]", "patches.epochs=2"], (2, 12)),
         (["trainer=overfit"], (50, 50)),
         (["trainer=debug"], (1, 1)),
         (["trainer=debug", "trainer.limit_train_batches=0"], (1, 0)),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from errors import InputError
-from experiments.benchmarks import revisions
+from experiments.benchmarks import hardware, revisions
 
 
 def test_scores_are_over_the_cases_that_have_a_region():
@@ -57,3 +57,30 @@ def test_a_commit_is_checked_out_whole_or_refused(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "tree" / "folder" / "file").read_text() == "first"
     with pytest.raises(InputError, match=r"no-such: expected a commit of .*, found none"):
         revisions.describe("no-such")
+
+
+def test_growth_is_an_exponent_and_a_plot(tmp_path: Path):
+    sizes = (1.0, 2.0, 4.0, 8.0)
+    growth = {
+        "voxels": [(size, 3 * size, 5 * size**0.5) for size in sizes],
+        "cases": [(size, 2 * size**2, float("nan")) for size in sizes],
+    }
+    rows = {row.pop("what grows"): row for row in hardware.tabulate_growth(growth)}
+    times = {"exponent of time": "1.00", "exponent of memory": "0.50"}
+    assert rows["voxels"] == {"from": "1", "to": "8", **times}
+    times = {"exponent of time": "2.00", "exponent of memory": ""}
+    assert rows["cases"] == {"from": "1", "to": "8", **times}
+    hardware.draw_growth(growth, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_preparation_is_measured_for_all_sizes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hardware, "composed_jobs", lambda arguments, conf: None)
+    growth = hardware.measure_preparation(1)
+    assert [[size for size, _, _ in points] for points in growth.values()] == [
+        [8, 16, 32, 64],
+        [8, 16, 32, 64],
+        [4, 8, 16, 32],
+    ]
+    first, again, _ = ([seconds for _, seconds, _ in points] for points in growth.values())
+    assert all(cached < built for cached, built in zip(again, first, strict=True))

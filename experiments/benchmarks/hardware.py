@@ -51,6 +51,7 @@ from lightning_modules.segmentation import Batch, SegmentationModule
 REGIONS = ("WT", "TC", "ET")
 CROP = (160, 192, 128)  # of the whole brain, as the project plans for one GPU of 6 GB
 CONF = Path(__file__).parents[2] / "conf"
+TABLES = ("steps", "memory", "levels", "volumes", "growth", "devices")  # the last on a GPU alone
 RELU = partial(nn.ReLU, inplace=True)
 Rows = list[dict[str, str]]
 
@@ -365,7 +366,8 @@ def draw_growth(growth: Mapping[str, Sequence[tuple[float, float, float]]], path
                 ax.lines[-1].set_label(name)
         ax.axline((1, 1), (2, 2), color="gray", linestyle=":", label="as much as the size")
         ax.set(xlabel="size over the smallest", ylabel=f"{title} over that of the smallest")
-    figure.axes[0].legend(fontsize="small")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize="small")
     with written_whole(path) as partial_path:
         figure.savefig(partial_path, dpi=100)
 
@@ -405,6 +407,7 @@ def main() -> None:
         help="folder of the tables and the plot; default: %(default)s",
     )
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     options = parser.parse_args()
     device = options.device
     if device == "auto":
@@ -434,8 +437,8 @@ def main() -> None:
     }
     if device == "cuda":
         tables["devices"] = compare_devices
-    for name, make in tables.items():
-        table = markdown(make())
+    for name in (name for name in tables if name in options.tables):
+        table = markdown(tables[name]())
         print(f"## {name}\n\n{table}\n", flush=True)
         write_text(options.output / f"{name}.md", table + "\n")
 

@@ -76,11 +76,11 @@ def test_growth_is_an_exponent_and_a_plot(tmp_path: Path):
 
 def test_preparation_is_measured_for_all_sizes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hardware, "composed_jobs", lambda arguments, conf: None)
-    growth = hardware.measure_preparation(1)
+    growth = hardware.measure_preparation()
     assert [[size for size, _, _ in points] for points in growth.values()] == [
         [8, 16, 32, 64],
         [8, 16, 32, 64],
-        [4, 8, 16, 32],
+        [2, 4, 8, 16],
     ]
     first, again, _ = ([seconds for _, seconds, _ in points] for points in growth.values())
     assert all(cached < built for cached, built in zip(again, first, strict=True))

@@ -111,6 +111,8 @@ def table(found: Mapping[str, Scores]) -> str:
     rows = []
     for metric in found[FLOAT32][seeds[0]]:
         arms = [np.array([found[arm][seed][metric] for seed in seeds]) for arm in found]
+        if np.ptp(arms) == 0:
+            continue  # says nothing, such as the share of cases without a region
         difference = arms[1] - arms[0]
         half = student.ppf(0.975, len(seeds) - 1) * difference.std(ddof=1) / len(seeds) ** 0.5
         rows.append(

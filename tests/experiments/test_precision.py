@@ -61,12 +61,16 @@ def test_a_network_is_as_far_from_float32_as_in_bfloat16(request: pytest.Fixture
 
 def test_precisions_are_compared_seed_by_seed(tmp_path: Path):
     def runs(*dice: float) -> dict[int, dict[str, float]]:
-        return {seed: {"test/dice_WT": value} for seed, value in enumerate(dice)}
+        return {
+            seed: {"test/constant": 1.0, "test/dice_WT": value} for seed, value in enumerate(dice)
+        }
 
     found = table({"32-true": runs(0.5, 0.7, 0.9), "bf16-mixed": runs(0.51, 0.73, 0.92)})
     # Differences .01, .03 and .02: mean .02, deviation .01; t of two degrees of freedom: 4.303.
-    assert found.splitlines()[-1] == (
+    header, _, *rows = found.splitlines()
+    assert header == "| metric | 32-true | bf16-mixed | difference | 95 % | seeds |"
+    assert rows == [
         "| test/dice_WT | 0.700 ± 0.200 | 0.720 ± 0.205 | +0.020 | -0.005 to +0.045 | 3 |"
-    )
+    ]
     with pytest.raises(InputError, match="expected two seeds or more in both precisions"):
         scores(tmp_path)

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 import torchio as tio
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 import grids
 from datamodules.augmentation import UNCHANGED, can_be_drawn, change_intensities, draw_changes
@@ -462,7 +462,7 @@ class PatchDataModule(pl.LightningDataModule):
         volumes = Volumes(cached, self.data_set, self.sampler.mirrored, scan_grids)
         assert self.trainer is not None
         mine = indices_of_rank(len(cases), self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(volumes, sampler=mine, collate_fn=collate_volumes)
+        return DataLoader(Subset(volumes, mine), collate_fn=collate_volumes)
 
 
 def _hashed(*numbers: int) -> int:

@@ -73,8 +73,54 @@ class Part(ABC):
         """Draw the numbers (N, K) of the changes of the modalities `chosen` (N,)."""
 
     @classmethod
+    @abstractmethod
     def change(cls, channels: Tensor, drawn: Drawn) -> None:
         """Change some of the channels (M, X, Y, Z), float32, in place."""
+
+
+class Copied(Part):
+    """Replace a modality by a copy of another one."""
+
+    def numbers(self, chosen: Tensor, modalities: int) -> Tensor:
+        """Draw how many channels further the copied modality lies: any but its own."""
+        # The opposite hemisphere has its modalities in the same order, so that the difference
+        # holds there too.
+        further = torch.randint(1, max(modalities, 2), (len(chosen), 1))
+        return (chosen[:, None] + further) % modalities - chosen[:, None]
+
+    @classmethod
+    def change(cls, channels: Tensor, drawn: Drawn) -> None:
+        """Change some of the channels (M, X, Y, Z), float32, in place; all copies at once."""
+        sources = drawn.channels + drawn.numbers[:, 0].astype(np.int64)
+        to, from_ = (torch.from_numpy(i).to(channels.device) for i in (drawn.channels, sources))
+        channels.index_copy_(0, to, channels.index_select(0, from_))
+
+
+class Missing(Part):
+    """Remove a modality: all its voxels become 0. One modality at least is left."""
+
+    def choose(self, modalities: int) -> Tensor:
+        """Draw the indices (N,) of the modalities that are missing."""
+        chosen = super().choose(modalities)
+        spared = int(torch.randint(modalities, ()))
+        return chosen if len(chosen) < modalities else chosen[chosen != spared]
+
+    def numbers(self, chosen: Tensor, modalities: int) -> Tensor:
+        """Draw nothing."""
+        return torch.empty(len(chosen), 0)
+
+    @classmethod
+    def change(cls, channels: Tensor, drawn: Drawn) -> None:
+        """Set some of the channels (M, X, Y, Z) to 0, in place."""
+        channels.index_fill_(0, torch.from_numpy(drawn.channels).to(channels.device), 0)
+
+
+class OwnVoxels(Part):
+    """A change of a modality for which its own voxels are enough."""
+
+    @classmethod
+    def change(cls, channels: Tensor, drawn: Drawn) -> None:
+        """Change the brain in some of the channels (M, X, Y, Z), float32, in place."""
         if not len(drawn.channels):
             return
         index = torch.from_numpy(drawn.channels).to(channels.device)
@@ -96,49 +142,7 @@ class Part(ABC):
         """
 
 
-class Copied(Part):
-    """Replace a modality by a copy of another one."""
-
-    def numbers(self, chosen: Tensor, modalities: int) -> Tensor:
-        """Draw how many channels further the copied modality lies: any but its own."""
-        # The opposite hemisphere has its modalities in the same order, so that the difference
-        # holds there too.
-        further = torch.randint(1, max(modalities, 2), (len(chosen), 1))
-        return (chosen[:, None] + further) % modalities - chosen[:, None]
-
-    @classmethod
-    def change(cls, channels: Tensor, drawn: Drawn) -> None:
-        """Change some of the channels (M, X, Y, Z), float32, in place; all copies at once."""
-        if len(drawn.channels):
-            sources = drawn.channels + drawn.numbers[:, 0].astype(np.int64)
-            to, from_ = (torch.from_numpy(i).to(channels.device) for i in (drawn.channels, sources))
-            channels.index_copy_(0, to, channels.index_select(0, from_))
-
-    @classmethod
-    def changed(cls, image: Tensor, foreground: Tensor, numbers: np.ndarray) -> Tensor:
-        raise NotImplementedError("a copy needs the channels that do not change")
-
-
-class Missing(Part):
-    """Remove a modality: all its voxels become 0. One modality at least is left."""
-
-    def choose(self, modalities: int) -> Tensor:
-        """Draw the indices (N,) of the modalities that are missing."""
-        chosen = super().choose(modalities)
-        spared = int(torch.randint(modalities, ()))
-        return chosen if len(chosen) < modalities else chosen[chosen != spared]
-
-    def numbers(self, chosen: Tensor, modalities: int) -> Tensor:
-        """Draw nothing."""
-        return torch.empty(len(chosen), 0)
-
-    @classmethod
-    def changed(cls, image: Tensor, foreground: Tensor, numbers: np.ndarray) -> Tensor:
-        """Return zeros."""
-        return torch.zeros_like(image)
-
-
-class Contrast(Part):
+class Contrast(OwnVoxels):
     """Move the classes of intensities against each other, and so the contrast between tissues.
 
     Each of the intensities `KNOTS` has an offset, and those between two have one in between: a
@@ -169,7 +173,7 @@ class Contrast(Part):
         return changed
 
 
-class Gamma(Part):
+class Gamma(OwnVoxels):
     """Raise intensities to a power, which keeps the mean of the brain and its contrast there.
 
     A voxel of value v becomes `BLACK / e * ((1 + v / BLACK) ** e - 1)`.
@@ -195,7 +199,7 @@ class Gamma(Part):
         return power.sub_(1).mul_(BLACK / exponent)
 
 
-class Bias(Part):
+class Bias(OwnVoxels):
     """Multiply intensities, counted from black, by a smooth field, as a receive coil does.
 
     The logarithm of the field is quadratic along each axis. It takes uniform random values at
@@ -228,7 +232,7 @@ class Bias(Part):
         return (image + BLACK).mul_(field).sub_(BLACK)
 
 
-class Intensity(Part):
+class Intensity(OwnVoxels):
     """Scale and shift a modality, as `augmentation.RandomIntensity` does.
 
     Args:
@@ -254,7 +258,7 @@ class Intensity(Part):
         return (image * scale).add_(shift)
 
 
-class Filter(Part):
+class Filter(OwnVoxels):
     """Filter a modality along each axis, as if the brain went on beyond its border.
 
     The voxels of the background take the value of the voxel that is filtered. So the filter does
@@ -386,7 +390,7 @@ class Ringing(Filter):
         return (cosines * (count < kept * side)) @ cosines.T
 
 
-class Noise(Part):
+class Noise(OwnVoxels):
     """Add Gaussian noise, the same on a device whatever the batch, other on another kind of device.
 
     Args:

@@ -29,25 +29,9 @@ from datamodules.appearance import (
 from datamodules.augmentation import RandomAppearance
 from datamodules.similarity import LocalSimilarity
 from errors import InputError
+from tests.datamodules.conftest import wide_parts
 
 SHAPE = (9, 10, 11)
-
-
-def all_parts(probability: float) -> dict[str, Part]:
-    """Return the parts of conf/augmentation/wide.yaml, on a grid of 1 mm."""
-    parts = [
-        Copied(probability),
-        Missing(probability / 2),
-        Contrast(probability, (-0.5, 0.5)),
-        Gamma(probability, (0.6, 1.6)),
-        Bias(probability, (0, 0.15)),
-        Intensity(probability, (0.6, 1.6), (-0.4, 0.4)),
-        Blur(probability, (0, 1.5), spacing_mm=1),
-        Slices(probability, (2, 6), spacing_mm=1),
-        Ringing(probability, (0.5, 0.9)),
-        Noise(probability, (0, 0.3)),
-    ]
-    return {type(part).__name__: part for part in parts}
 
 
 def brain(channels: int = 1, seed: int = 0) -> Tensor:
@@ -246,7 +230,7 @@ def test_each_modality_changes_with_the_probability(make: Callable[[float], Part
 
 def test_a_mirrored_modality_changes_alike_and_a_similarity_map_stays():
     torch.manual_seed(0)
-    parts = all_parts(0.5).values()
+    parts = wide_parts(0.5).values()
     channels = [0, 1, 2, 3, None] * 2
     for _ in range(50):
         appearance = draw_appearance(parts, 4, channels)
@@ -258,7 +242,7 @@ def test_a_mirrored_modality_changes_alike_and_a_similarity_map_stays():
             assert np.array_equal(drawn.numbers[:half], drawn.numbers[half:])
     image = brain(10)
     transform = RandomAppearance(
-        all_parts(1), 4, extras={"similarity": LocalSimilarity()}, mirrored=True
+        wide_parts(1), 4, extras={"similarity": LocalSimilarity()}, mirrored=True
     )
     found = change_appearance(image.clone(), transform.draw())
     assert torch.equal(found[[4, 9]], image[[4, 9]])
@@ -267,7 +251,7 @@ def test_a_mirrored_modality_changes_alike_and_a_similarity_map_stays():
 
 def test_patches_of_a_batch_change_as_each_alone():
     torch.manual_seed(0)
-    transform = RandomAppearance(all_parts(0.5), 4)
+    transform = RandomAppearance(wide_parts(0.5), 4)
     drawn = [transform.draw() for _ in range(5)]
     drawn[2] = {}  # of a transform that has a probability of its own
     # To the last bit where sides are divisible by 4, as those of patches are, and to rounding else.
@@ -281,7 +265,7 @@ def test_patches_of_a_batch_change_as_each_alone():
 @pytest.mark.parametrize("content", ["brain", "constant", "air", "a voxel", "one modality missing"])
 def test_all_is_finite_and_the_background_stays(content: str):
     torch.manual_seed(0)
-    transform = RandomAppearance(all_parts(0.7), 4)
+    transform = RandomAppearance(wide_parts(0.7), 4)
     image = 3 * brain(4)
     image[:, :3] = 0
     if content == "constant":

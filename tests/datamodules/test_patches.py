@@ -13,18 +13,6 @@ import torch
 import torchio as tio
 from torch.utils.data import DataLoader
 
-from datamodules.appearance import (
-    Bias,
-    Blur,
-    Contrast,
-    Copied,
-    Gamma,
-    Intensity,
-    Missing,
-    Noise,
-    Ringing,
-    Slices,
-)
 from datamodules.augmentation import RandomAppearance, RandomIntensity, can_be_drawn
 from datamodules.brats import BraTS
 from datamodules.cache import Cache
@@ -42,7 +30,7 @@ from datamodules.sampling import BalancedSampler
 from datamodules.splits import FractionSplit, read_names
 from errors import InputError
 from tests.conftest import write_brats, write_metastases
-from tests.datamodules.conftest import lesions_at
+from tests.datamodules.conftest import lesions_at, wide_parts
 
 FLIP = tio.RandomFlip(axes=(0, 1, 2), flip_probability=0.5)
 FLIP_AND_INTENSITY = tio.Compose([FLIP, RandomIntensity((0.9, 1.1), (-0.1, 0.1), modalities=4)])
@@ -50,20 +38,8 @@ FLIP_AND_INTENSITY = tio.Compose([FLIP, RandomIntensity((0.9, 1.1), (-0.1, 0.1),
 
 def wide(probability: float, *, mirrored: bool = False) -> tio.Transform:
     """Return what `augmentation=wide` does, at other probabilities."""
-    parts = [
-        Copied(probability),
-        Missing(probability),
-        Contrast(probability, (-0.5, 0.5)),
-        Gamma(probability, (0.6, 1.6)),
-        Bias(probability, (0, 0.15)),
-        Intensity(probability, (0.6, 1.6), (-0.4, 0.4)),
-        Blur(probability, (0, 1.5), spacing_mm=1),
-        Slices(probability, (2, 6), spacing_mm=1),
-        Ringing(probability, (0.5, 0.9)),
-        Noise(probability, (0, 0.3)),
-    ]
-    named = {type(part).__name__: part for part in parts}
-    return tio.Compose([FLIP, RandomAppearance(named, modalities=4, mirrored=mirrored)])
+    parts = wide_parts(probability)
+    return tio.Compose([FLIP, RandomAppearance(parts, modalities=4, mirrored=mirrored)])
 
 
 def queue(

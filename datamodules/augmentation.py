@@ -1,8 +1,8 @@
 """Random changes of a patch: what TorchIO's flips and our intensities do, drawn before it is done.
 
 TorchIO changes one patch after the other on the CPU, as float32. Flips cost nothing in the copy
-that cuts a patch out of its volume, and intensities are changed on the device, as one batch. So the
-loader only draws them, with the same random numbers as TorchIO.
+that cuts a patch out of its volume; appearance and intensities are changed on the device, as one
+batch. So the loader only draws them, with the same random numbers as TorchIO.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,13 @@ from torch import Tensor
 from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.intensity_transform import IntensityTransform
 
+from datamodules.appearance import (
+    SAME_APPEARANCE,
+    Appearance,
+    Part,
+    change_appearance,
+    draw_appearance,
+)
 from datamodules.preprocessing import Extra
 from datamodules.similarity import MirroredByTemplate
 from errors import InputError
@@ -125,36 +132,81 @@ class RandomIntensity(RandomTransform, IntensityTransform):
         )
 
 
+class RandomAppearance(RandomTransform, IntensityTransform):
+    """Change how the modalities of each image look, see `datamodules.appearance`.
+
+    Args:
+        parts: What may change, by name, in this order; each at most once.
+        modalities: Number of modalities, see `modality_of_channels`.
+        extras: Further channels of the cache.
+        mirrored: The channels of the opposite hemisphere follow.
+        copy: Leave the subject that is passed as it is, and change a copy.
+
+    Raises:
+        InputError: A part is there twice.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Part],
+        modalities: int,
+        extras: Mapping[str, Extra] = MappingProxyType({}),
+        mirrored: bool = False,
+        copy: bool = True,
+    ) -> None:
+        super().__init__(copy=copy)
+        if len({type(part) for part in parts.values()}) < len(parts):
+            raise InputError(f"parts: expected each kind once, found {', '.join(parts)}")
+        self.parts = parts
+        self.modalities = modalities
+        self.modality_of_channels = modality_of_channels(modalities, extras, mirrored)
+
+    def apply_transform(self, subject: tio.Subject) -> tio.Subject:
+        """Change every image (C, X, Y, Z), float32, of a subject; its label maps stay."""
+        appearance = self.draw()
+        for image in self.get_images(subject):
+            change_appearance(image.data, appearance)
+        return subject
+
+    def draw(self) -> Appearance:
+        """Draw what changes in the channels of a patch."""
+        return draw_appearance(self.parts.values(), self.modalities, self.modality_of_channels)
+
+
 class Changes(NamedTuple):
     """What an augmentation does to one patch.
 
     Attributes:
         flips: Whether it flips the patch along x, y and z.
+        appearance: What it does to the appearance of modalities.
         scale_and_shift: (C, 2) or (0, 2), what it does to intensities, see `change_intensities`.
     """
 
     flips: tuple[bool, bool, bool]
+    appearance: Appearance
     scale_and_shift: Tensor
 
 
-UNCHANGED = Changes((False, False, False), torch.empty(0, 2))
+UNCHANGED = Changes((False, False, False), SAME_APPEARANCE, torch.empty(0, 2))
 
 
 def can_be_drawn(transform: object) -> bool:
     """Tell whether `draw_changes` can say what a transform does: the options of conf/ all can."""
     steps = [transform]
-    intensities = 0
+    on_device: list[type] = []
     while steps:
-        step = steps.pop()
+        step = steps.pop(0)
         if type(step) is tio.Compose:
-            steps += step.transforms
-        elif type(step) is RandomIntensity:
-            intensities += 1
+            steps = [*step.transforms, *steps]
+        elif type(step) is RandomAppearance or type(step) is RandomIntensity:
+            on_device.append(type(step))
         elif type(step) is not tio.RandomFlip or not all(type(axis) is int for axis in step.axes):
             return False
+        elif RandomAppearance in on_device:
+            return False  # a field does not lie in the patch as before once that is flipped
         if step.include or step.exclude or step.keep:
             return False
-    return intensities <= 1
+    return len(on_device) <= 1
 
 
 def draw_changes(transform: tio.Transform) -> Changes:
@@ -163,7 +215,8 @@ def draw_changes(transform: tio.Transform) -> Changes:
     Args:
         transform: One of which `can_be_drawn` is true.
     """
-    flips, scale_and_shift = list(UNCHANGED.flips), UNCHANGED.scale_and_shift
+    flips, appearance, scale_and_shift = UNCHANGED
+    flips = list(flips)
     steps = [transform]
     while steps:
         step = steps.pop(0)
@@ -178,7 +231,9 @@ def draw_changes(transform: tio.Transform) -> Changes:
                 torch.rand(1)  # TorchIO leaves the flip to a second transform, which begins so too
             for axis in axes:
                 flips[axis] = not flips[axis]
+        elif isinstance(step, RandomAppearance):
+            appearance = step.draw()
         elif isinstance(step, RandomIntensity):
             scale_and_shift = step.draw()
     x, y, z = flips
-    return Changes((x, y, z), scale_and_shift)
+    return Changes((x, y, z), appearance, scale_and_shift)

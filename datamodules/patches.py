@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 import grids
+from datamodules.appearance import change_appearance, collate_appearances
 from datamodules.augmentation import UNCHANGED, can_be_drawn, change_intensities, draw_changes
 from datamodules.cache import Cache, CachedCase
 from datamodules.cases import Case, DataSet
@@ -119,11 +120,13 @@ class PatchQueue(tio.Queue):
     one) and once in each round of the other patches.
 
     A patch is drawn here and its labels are resampled, as the balance hangs on them. Its image is
-    scaled on the device, by `finish_patches`: that is most of the work, and the box that a patch
-    shows, in float16, has fewer bytes. Flips cost nothing in the copy out of the volume.
+    scaled and changed on the device, by `finish_patches`: that is most of the work, and the box
+    that a patch shows, in float16, has fewer bytes. Flips cost nothing in the copy out of the
+    volume.
 
     An item, by its key (epoch, index), is a dict with
         `box`: (C, x, y, z), float16: the voxels that the patch shows, flipped as it is;
+        `appearance`: see `appearance.draw_appearance`;
         `scale_and_shift`: (C, 2) or (0, 2), float32: see `augmentation.change_intensities`;
         `mask`: (R, X, Y, Z), bool: the regions of the data set;
         `case`: str: name of the case.
@@ -132,9 +135,9 @@ class PatchQueue(tio.Queue):
         cases: Cases of the cache to cut patches from.
         data_set: Turns labels into regions.
         sampler: Draws a patch from a case.
-        augmentation: TorchIO transform of a subject with `image` and `labels`. Flips and one
-            `RandomIntensity` cost little. Any other transform runs here, on the patch in its final
-            size and in float32, which then is the `box`.
+        augmentation: TorchIO transform of a subject with `image` and `labels`. Flips, and
+            then one `RandomIntensity` or `RandomAppearance`, cost little. Any other transform runs
+            here, on the patch in its final size and in float32, which then is the `box`.
         patches_per_epoch: Length of the queue.
         seed: Seed of the stream of patches.
 
@@ -210,6 +213,7 @@ class PatchQueue(tio.Queue):
             changes = draw_changes(self.augmentation)  # pyright: ignore[reportArgumentType]
         return {
             "box": torch.from_numpy(cut_flipped(case.image, drawn, sampler.cut, changes.flips)),
+            "appearance": changes.appearance,
             "scale_and_shift": changes.scale_and_shift,
             "mask": self._mask(flipped(drawn.labels, changes.flips)),
             "case": case.name,
@@ -220,6 +224,7 @@ class PatchQueue(tio.Queue):
         patch: Any = self.augmentation(as_subject(self.balanced_sampler.patch(case.image, box)))
         return {
             "box": patch["image"].data,
+            "appearance": UNCHANGED.appearance,
             "scale_and_shift": UNCHANGED.scale_and_shift,
             "mask": self._mask(patch["labels"].data[0].numpy().astype(np.uint8)),
             "case": case.name,
@@ -247,14 +252,17 @@ def collate_patches(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join items of `PatchQueue` to a batch.
 
     The boxes differ in size: `boxes` are all their voxels, one after the other, and `sides` the
-    shape of each, so that no byte of padding goes to the device.
+    shape of each, so that no byte of padding goes to the device. The appearance stays on the host.
     """
     boxes = [item["box"] for item in items]
-    others = [{key: item[key] for key in item if key != "box"} for item in items]
+    appearances = [item["appearance"] for item in items]
+    own = ("box", "appearance")
+    others = [{key: item[key] for key in item if key not in own} for item in items]
     voxels = [box.flatten() for box in boxes]
     return {
         "boxes": torch.cat(voxels) if len(voxels) > 1 else voxels[0],  # a batch of one: no copy
         "sides": [tuple(box.shape) for box in boxes],
+        "appearance": collate_appearances(appearances, len(boxes[0])),
         **default_collate(others),
     }
 
@@ -275,6 +283,7 @@ def finish_patches(batch: dict[str, Any]) -> dict[str, Any]:
         for box, shape in zip(voxels, batch["sides"], strict=True)
     ]
     image = torch.stack(images) if len(images) > 1 else images[0][None]  # one: no copy
+    image = change_appearance(image, batch["appearance"])
     image = change_intensities(image, batch["scale_and_shift"])
     return {"image": image, "mask": batch["mask"], "case": batch["case"]}
 

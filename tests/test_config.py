@@ -14,7 +14,7 @@ from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from datamodules.augmentation import RandomIntensity
+from datamodules.augmentation import RandomAppearance, RandomIntensity
 from experiments.command import one_line
 from experiments.cost import predict_step
 from experiments.run import identity
@@ -201,6 +201,7 @@ def test_a_sweep_over_an_axis_that_the_network_lacks_is_one_line(arguments: list
         ("paper", [0.9, 1.1], ["RandomFlip", "RandomIntensity"]),
         ("spatial", [0.9, 1.1], ["RandomFlip"]),
         ("intensity", [1, 1], ["RandomFlip", "RandomIntensity"]),
+        ("wide", [0.9, 1.1], ["RandomFlip", "RandomAppearance"]),
         ("none", [1, 1], []),
     ],
 )
@@ -219,14 +220,42 @@ def test_an_augmentation_scales_flips_and_changes_intensities_as_its_name_says(
             assert (step.axes, step.flip_probability) == ((0, 1, 2), 0.5)
         if isinstance(step, RandomIntensity):
             assert (step.scale, step.shift) == ((0.9, 1.1), (-0.1, 0.1))
+        if isinstance(step, RandomAppearance | RandomIntensity):
             assert step.modality_of_channels == [0, 1, 2, 3, None] * 2
 
 
 @pytest.mark.parametrize("inputs", OPTIONS["inputs"])
-def test_intensities_are_changed_of_as_many_channels_as_there_are(composed: Compose, inputs: str):
-    config = composed("augmentation=paper", f"inputs={inputs}")
+@pytest.mark.parametrize(("augmentation", "step"), [("paper", "intensity"), ("wide", "appearance")])
+def test_intensities_are_changed_of_as_many_channels_as_there_are(
+    composed: Compose, inputs: str, augmentation: str, step: str
+):
+    config = composed(f"augmentation={augmentation}", f"inputs={inputs}")
     transform = instantiate(config.augmentation.transform, _convert_="all")
-    assert len(transform["intensity"].modality_of_channels) == config.inputs.channels
+    assert len(transform[step].modality_of_channels) == config.inputs.channels
+
+
+def test_each_part_of_the_wide_augmentation_has_keys_of_its_own(composed: Compose):
+    parts = instantiate(composed("augmentation=wide").data, _convert_="all").augmentation
+    names = list(parts["appearance"].parts)
+    assert all(0 < part.probability < 1 for part in parts["appearance"].parts.values())
+    assert len(set(names)) == len(names) == 10
+    for name in names:
+        config = composed("augmentation=wide", f"augmentation.{name}.probability=0")
+        found = instantiate(config.data, _convert_="all").augmentation["appearance"].parts
+        assert [other for other, part in found.items() if not part.probability] == [name]
+    changes = ["augmentation.noise.sd=[1,2]", "augmentation.blur.sd_mm=[3,4]"]
+    found = (
+        instantiate(
+            composed(
+                "augmentation=wide", "data=phantom", "data.data_set.spacing_mm=4", *changes
+            ).data,
+            _convert_="all",
+        )
+        .augmentation["appearance"]
+        .parts
+    )
+    assert (found["noise"].sd, found["blur"].sd_mm) == ((1, 2), (3, 4))
+    assert found["blur"].spacing_mm == found["slices"].spacing_mm == 4
 
 
 @pytest.mark.parametrize("data", OPTIONS["data"])

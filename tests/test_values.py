@@ -199,6 +199,17 @@ TRAIN_CASES = {  # base configuration -> override -> line
         "filters=3": "filters: expected keys of its own, found 3",
         "~patches.size": "Interpolation key 'patches.size' not found",
     },
+    ("augmentation=wide",): {
+        "augmentation.noise.probability=2": "augmentation.noise.probability: expected a number "
+        "from 0 to 1, found 2",
+        "augmentation.noise.sd=[0.3,0]": "augmentation.noise.sd: expected [low, high], each a "
+        "number from 0 on, found [0.3, 0]",
+        "augmentation.gamma.exponent=[0,1]": "augmentation.gamma.exponent: expected [low, high], "
+        "each a number above 0, found [0, 1]",
+        "augmentation.ringing.kept=[0.5,1.1]": "augmentation.ringing.kept: expected [low, high], "
+        "each a number above 0 to 1, found",
+        "augmentation.blur=null": "augmentation.blur: expected keys of its own, found null",
+    },
     (MODEL_DNET,): {
         "patches.size=70": "patches.size: expected sides of 52 + a multiple of 4, found 70",
         "patches.size=48": "patches.size: expected sides of 52 + a multiple of 4, found 48",

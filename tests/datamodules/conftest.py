@@ -5,6 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datamodules.appearance import (
+    Bias,
+    Blur,
+    Contrast,
+    Copied,
+    Gamma,
+    Intensity,
+    Missing,
+    Noise,
+    Part,
+    Ringing,
+    Slices,
+)
 from datamodules.template import Registration
 from tests.conftest import write_metastases
 
@@ -59,3 +72,19 @@ def metastases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         write_metastases(root / name, labels)
     return root
+
+
+def wide_parts(probability: float) -> dict[str, Part]:
+    """Make the parts of conf/augmentation/wide.yaml with one probability, on a grid of 1 mm."""
+    return {
+        "copied": Copied(probability),
+        "missing": Missing(probability),
+        "contrast": Contrast(probability, (-0.5, 0.5)),
+        "gamma": Gamma(probability, (0.6, 1.6)),
+        "bias": Bias(probability, (0, 0.15)),
+        "intensity": Intensity(probability, (0.6, 1.6), (-0.4, 0.4)),
+        "blur": Blur(probability, (0, 1.5), spacing_mm=1),
+        "slices": Slices(probability, (2, 6), spacing_mm=1),
+        "ringing": Ringing(probability, (0.5, 0.9)),
+        "noise": Noise(probability, (0, 0.3)),
+    }

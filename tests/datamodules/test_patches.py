@@ -13,7 +13,7 @@ import torch
 import torchio as tio
 from torch.utils.data import DataLoader
 
-from datamodules.augmentation import RandomIntensity, can_be_drawn
+from datamodules.augmentation import RandomAppearance, RandomIntensity, can_be_drawn
 from datamodules.brats import BraTS
 from datamodules.cache import Cache
 from datamodules.metastases import Metastases
@@ -30,10 +30,16 @@ from datamodules.sampling import BalancedSampler
 from datamodules.splits import FractionSplit, read_names
 from errors import InputError
 from tests.conftest import write_brats, write_metastases
-from tests.datamodules.conftest import lesions_at
+from tests.datamodules.conftest import lesions_at, wide_parts
 
 FLIP = tio.RandomFlip(axes=(0, 1, 2), flip_probability=0.5)
 FLIP_AND_INTENSITY = tio.Compose([FLIP, RandomIntensity((0.9, 1.1), (-0.1, 0.1), modalities=4)])
+
+
+def wide(probability: float, *, mirrored: bool = False) -> tio.Transform:
+    """Return what `augmentation=wide` does, at other probabilities."""
+    parts = wide_parts(probability)
+    return tio.Compose([FLIP, RandomAppearance(parts, modalities=4, mirrored=mirrored)])
 
 
 def queue(
@@ -101,8 +107,11 @@ def test_share_of_lesion_patches_reaches_the_batches(brats: Path, cache_root: Pa
         assert batch["mask"][:, 0].flatten(1).any(1).all()
 
 
-def test_worker_processes_change_nothing(brats: Path, cache_root: Path):
-    patches = queue(brats, cache_root)
+@pytest.mark.parametrize("augmentation", [FLIP_AND_INTENSITY, wide(0.3)])
+def test_worker_processes_change_nothing(
+    brats: Path, cache_root: Path, augmentation: tio.Transform
+):
+    patches = queue(brats, cache_root, augmentation=augmentation)
     assert same(stream(patches), stream(patches, workers=2))
 
 
@@ -178,8 +187,9 @@ def test_intensities_change_in_the_brain_and_masks_do_not(brats: Path, cache_roo
     ],
 )
 @pytest.mark.parametrize("probability", [1, 0.5])
+@pytest.mark.parametrize("is_wide", [False, True])
 def test_a_patch_is_what_torchio_makes_of_it(
-    brats: Path, cache_root: Path, sampler: BalancedSampler, probability: float
+    brats: Path, cache_root: Path, sampler: BalancedSampler, probability: float, is_wide: bool
 ):
     """A function is no TorchIO transform, so that the queue resamples, and calls it, first."""
     data_set = BraTS(brats)
@@ -187,6 +197,8 @@ def test_a_patch_is_what_torchio_makes_of_it(
     intensity = RandomIntensity((0.9, 1.1), (-0.1, 0.1), 4, mirrored=sampler.mirrored)
     spatial = tio.Compose([FLIP, tio.RandomFlip(axes=(0, 2))], p=probability)
     augmentation = tio.Compose([spatial, intensity, FLIP])
+    if is_wide:
+        augmentation = tio.Compose([spatial, wide(0.3, mirrored=sampler.mirrored)])
     drawn = PatchQueue(cases, data_set, sampler, augmentation, 24, seed=0)
     called = PatchQueue(cases, data_set, sampler, lambda subject: augmentation(subject), 24, seed=0)
     assert drawn[0, 0]["box"].dtype == torch.float16
@@ -196,11 +208,15 @@ def test_a_patch_is_what_torchio_makes_of_it(
         assert torch.equal(found["mask"], expected["mask"])
         assert found["case"] == expected["case"]
         # Positions are float32: a flip rounds them otherwise, and neighbours differ by up to 10.
-        torch.testing.assert_close(found["image"], expected["image"], atol=1e-4, rtol=0)
+        atol = 1e-3 if is_wide else 1e-4  # stronger contrast makes more of it
+        torch.testing.assert_close(found["image"], expected["image"], atol=atol, rtol=0)
 
 
-def test_patches_of_a_batch_are_those_alone(brats: Path, cache_root: Path):
-    patches = queue(brats, cache_root)
+@pytest.mark.parametrize("augmentation", [FLIP_AND_INTENSITY, wide(0.3)])
+def test_patches_of_a_batch_are_those_alone(
+    brats: Path, cache_root: Path, augmentation: tio.Transform
+):
+    patches = queue(brats, cache_root, augmentation=augmentation)
     boxes = [tuple(patches[0, index]["box"].shape) for index in range(24)]
     assert len(set(boxes)) > 1
     for number, batch in enumerate(stream(patches, batch_size=8)):
@@ -214,6 +230,9 @@ def test_patches_of_a_batch_are_those_alone(brats: Path, cache_root: Path):
     ("augmentation", "drawn"),
     [
         (FLIP_AND_INTENSITY, True),
+        (wide(1), True),
+        (tio.Compose([wide(1), FLIP]), False),
+        (tio.Compose([wide(1), RandomIntensity((1, 1), (0, 0), 4)]), False),
         (tio.Compose([]), True),
         (tio.RandomFlip(axes=("LR",)), False),
         (tio.Compose([FLIP_AND_INTENSITY, RandomIntensity((1, 1), (0, 0), 4)]), False),
@@ -223,6 +242,29 @@ def test_patches_of_a_batch_are_those_alone(brats: Path, cache_root: Path):
 )
 def test_only_flips_and_intensities_are_left_to_the_device(augmentation: Any, drawn: bool):
     assert can_be_drawn(augmentation) == drawn
+
+
+def test_a_wide_augmentation_of_probability_0_is_that_of_the_papers_flips(
+    brats: Path, cache_root: Path
+):
+    nothing = wide(0)
+    flips = queue(brats, cache_root, augmentation=tio.Compose([FLIP]))
+    assert same(stream(queue(brats, cache_root, augmentation=nothing)), stream(flips))
+
+
+def test_a_wide_augmentation_changes_images_in_the_brain_and_masks_not(
+    brats: Path, cache_root: Path
+):
+    plain = stream(queue(brats, cache_root, augmentation=tio.Compose([FLIP])), batch_size=24)[0]
+    changed = stream(queue(brats, cache_root, augmentation=wide(0.3)), batch_size=24)[0]
+    assert torch.equal(plain["mask"], changed["mask"])
+    before, after = plain["image"], changed["image"]
+    brain = before.any(1, keepdim=True)  # a copied modality brings a background of its own
+    assert not after[~brain.expand_as(after)].any()
+    assert sum(not torch.equal(*pair) for pair in zip(before, after, strict=True)) > 20
+    channels = after.flatten(2).any(2)
+    assert not channels.all()  # a modality is missing
+    assert channels.any(1).all()
 
 
 def test_any_other_transform_runs_in_the_loader(brats: Path, cache_root: Path):
@@ -312,6 +354,21 @@ def data_module(brats: Path, cache_root: Path) -> PatchDataModule:
         patches_per_epoch=6,
         batch_size=2,
     )
+
+
+def test_whole_volumes_are_never_augmented(brats: Path, cache_root: Path, tmp_path: Path):
+    module = data_module(brats, cache_root)
+    module.augmentation = wide(1)
+    module.trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    module.setup("fit")
+    for loader, cases in (
+        (module.val_dataloader(), module.parts.validation),
+        (module.test_dataloader(), module.parts.test),
+    ):
+        cached = module.cache.build(cases, module.data_set)
+        for case, batch in zip(cached, loader, strict=True):
+            image = module.on_after_batch_transfer(batch, 0)["image"][0]
+            assert torch.equal(image, torch.from_numpy(case.image.astype(np.float32)))
 
 
 def test_whole_volumes_for_validation_and_test(brats: Path, cache_root: Path, tmp_path: Path):

@@ -52,6 +52,7 @@ class BraTS:
         modalities: Choice of t1, t1ce, t2 and flair, in the order of the network's input channels.
         regions: Choice of WT, TC and ET, in the order of the network's output channels.
         et_label: Label of ET in the files, 3 or 4, of a data set in which no mask shows it.
+        incomplete: Whether a case may lack modalities, all but one, as one to predict may.
 
     Raises:
         InputError: A modality or region is unknown or given twice; another label of ET.
@@ -63,10 +64,12 @@ class BraTS:
         modalities: Sequence[str] = ("t1", "t1ce", "t2", "flair"),
         regions: Sequence[str] = ("WT", "TC", "ET"),
         et_label: int = 4,
+        incomplete: bool = False,
     ) -> None:
         if et_label not in (3, 4):
             raise InputError(f"et_label: expected 3 or 4, found {et_label}")
         self.et_label = et_label
+        self.incomplete = incomplete
         self.root = Path(root)
         self.modalities: Sequence[str] = tuple(modalities)
         self.regions: Sequence[str] = tuple(regions)
@@ -131,13 +134,14 @@ class BraTS:
                     f"{folder}: case {name} has its {kind} twice: {paths[kind].name}, {path.name}"
                 )
             paths[kind] = path
+        present = [modality for modality in self.modalities if modality in paths]
         for modality in self.modalities:
-            if modality not in paths:
+            if modality not in paths and not (self.incomplete and present):
                 patterns = " or ".join(f"{name}{end}.nii[.gz]" for end in ENDINGS[modality])
                 raise InputError(f"{folder}: case {name} has no {modality}; looked for {patterns}")
         return Case(
             name=name,
-            images={modality: paths[modality] for modality in self.modalities},
+            images={modality: paths[modality] for modality in present},
             mask=paths.get("mask"),
             grade=self._grade_of_folder(folder) or grade,
         )
@@ -216,9 +220,10 @@ class BraTS:
     def in_folder(self, root: str | Path) -> "BraTS":
         """Return a BraTS data set with the same options in another folder.
 
-        The label of ET is that of the masks there; without any it is `et_label` of this one.
+        The label of ET is that of the masks there; without any it is `et_label` of this one. A case
+        there may lack modalities, as long as it has one.
         """
-        return BraTS(root, self.modalities, self.regions, self.et_label)
+        return BraTS(root, self.modalities, self.regions, self.et_label, incomplete=True)
 
 
 class BraTSMasks(BraTS):

@@ -203,7 +203,7 @@ class Cache:
                         "crop": self.preprocessing.crop,
                         "grade": case.grade,
                         "sources": sources,
-                        "identity": identify(case.images[data_set.modalities[0]]),
+                        "identity": identify(case.reference),
                         "affine": volume.affine.tolist(),
                         "outside": volume.outside,
                         "extras": volume.extras,

@@ -18,7 +18,8 @@ class Case:
 
     Attributes:
         name: Unique within its data set; names every file made from the case.
-        images: One file per modality, in the order of the network's input channels.
+        images: One file per modality, in the order of the network's input channels; a case to
+            predict may lack some.
         mask: File of the label map; None where there is none (cases to predict).
         grade: Stratum for splits, such as "HGG" or "LGG"; empty where unknown.
     """
@@ -27,6 +28,11 @@ class Case:
     images: Mapping[str, Path]
     mask: Path | None
     grade: str = ""
+
+    @property
+    def reference(self) -> Path:
+        """The first image: its grid is that of predictions, and its header names the patient."""
+        return next(iter(self.images.values()))
 
 
 class DataSet(Protocol):

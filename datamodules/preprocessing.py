@@ -113,6 +113,14 @@ class Preprocessing:
     def __call__(self, case: Case, data_set: DataSet) -> Volume:
         """Preprocess one case, with or without a mask; log what looks wrong with it."""
         scan = read_scan(case, data_set)
+        if missing := ", ".join(name for name in data_set.modalities if name not in scan.images):
+            if self.extras:
+                raise InputError(
+                    f"{case.name}: expected {missing} too, for {', '.join(self.extras)}; found none"
+                )
+            logging.warning(
+                "%s: expected %s, found none; the network sees 0 in its place", case.name, missing
+            )
         for finding in quick_findings(scan.coarse(case)):
             logging.warning("%s: %s", case.name, finding.message)
         images, foregrounds = list(scan.images.values()), list(scan.brains.values())
@@ -131,18 +139,15 @@ class Preprocessing:
             affine = grid[1]
 
         start, shape = self._crop_box(np.logical_or.reduce(foregrounds))
-        image = np.zeros((len(images), *shape), np.float16)
-        for channel, (modality, voxels, foreground) in enumerate(
-            zip(data_set.modalities, images, foregrounds, strict=True)
-        ):
+        image = np.zeros((len(data_set.modalities), *shape), np.float16)
+        for modality, voxels, foreground in zip(scan.images, images, foregrounds, strict=True):
+            channel = data_set.modalities.index(modality)
             mean, deviation = _moments(voxels[foreground], case.images[modality])
             z_scores = (grids.cut(voxels, start, shape) - mean) / deviation
             image[channel] = np.where(grids.cut(foreground, start, shape), z_scores, 0)
         brains = {
             modality: above_background(voxels, foreground)
-            for modality, voxels, foreground in zip(
-                data_set.modalities, images, foregrounds, strict=True
-            )
+            for modality, voxels, foreground in zip(scan.images, images, foregrounds, strict=True)
             if self.extras  # nothing else needs them
         }
         facts = {}
@@ -315,7 +320,7 @@ def read_scan(case: Case, data_set: DataSet, errors: list[InputError] | None = N
     Raises:
         InputError: A file cannot be used; all files cannot.
     """
-    files = {modality: case.images[modality] for modality in data_set.modalities}
+    files = {name: case.images[name] for name in data_set.modalities if name in case.images}
     if case.mask is not None:
         files["mask"] = case.mask
     volumes: dict[str, np.ndarray] = {}

@@ -62,8 +62,7 @@ def evaluate(options: Mapping[str, Any]) -> Path:
         data_set = predictor.data_set
         cases = cases_of_part(predictor.cases(), options["cases"], options["checkpoint"])
         if options["cases"] not in LEARNED_FROM:
-            first = data_set.modalities[0]
-            identities = {case.name: identify(case.images[first]) for case in cases}
+            identities = {case.name: identify(case.reference) for case in cases}
             for checkpoint in checkpoints_of(options):
                 check_unseen(checkpoint, identities)
         if choose:

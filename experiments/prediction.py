@@ -212,7 +212,7 @@ class Predictor:
         or networks, whenever a process was killed.
         """
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
-        own = [case.images[modality] for modality in self.data_set.modalities]
+        own = [case.images[name] for name in self.data_set.modalities if name in case.images]
         for path in dict.fromkeys([*own, *self.where.images(case)]):
             try:
                 with path.open("rb") as file:
@@ -277,7 +277,7 @@ class Predictor:
             estimate = self.estimate(case)  # fails again if a scan is to blame
             logging.warning("%s; the case is predicted without its mask", error)
         volume = estimate.volume
-        reference = case.images[data_set.modalities[0]]
+        reference = case.reference
         probabilities = restore(estimate.probabilities, volume.affine, reference)
         voxel_mm3 = float(abs(np.linalg.det(np.asarray(open_volume(reference).affine)[:3, :3])))
         brain_mm3 = int((volume.image != 0).any(0).sum()) * self.spacing_mm**3
@@ -300,7 +300,7 @@ class Predictor:
                 name: dict(zip(regions, by_region, strict=True))
                 for name, by_region in masks.items()
             }
-            scan = volume.image[len(data_set.modalities) - 1]  # extras are stacked behind it
+            scan = volume.image[data_set.modalities.index([*case.images][-1])]
             figure = draw_case(scan.astype("float32"), rows, title)
             with written_whole(self._picture(case, output)) as partial:
                 figure.savefig(partial, dpi=80)
@@ -336,7 +336,7 @@ def warn_of_seen_cases(
     identities = {}
     for case in cases:
         with suppress(InputError):  # said when the case is predicted, which others follow
-            identities[case.name] = identify(case.images[data_set.modalities[0]])
+            identities[case.name] = identify(case.reference)
     for checkpoint in checkpoints:
         try:
             check_unseen(checkpoint, identities)

@@ -14,7 +14,7 @@ from datamodules.preprocessing import Preprocessing, Volume
 from datamodules.sampling import Cut, whole
 from errors import InputError
 from experiments.run import finished_runs
-from lightning_modules.checkpoint import build, fingerprint, load_ensemble
+from lightning_modules.checkpoint import WEIGHTS, build, fingerprint, load_ensemble
 from lightning_modules.inference import Ensemble
 from lightning_modules.segmentation import SegmentationModule
 
@@ -22,14 +22,19 @@ PRECISIONS = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 
 
 def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Checkpoints: files as they are; of a folder, the best of each finished run in it.
+    """Checkpoints: files as they are; of a folder, its weights, or the best of each finished run.
 
     Raises:
         InputError: A folder without a finished run, or nothing at all.
     """
     found: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
-        found += [run.best for run in finished_runs(path)] if path.is_dir() else [path]
+        if not path.is_dir():
+            found.append(path)
+        elif weights := sorted(path.glob(f"*{WEIGHTS}")):
+            found += weights
+        else:
+            found += [run.best for run in finished_runs(path)]
     if not found:
         raise InputError("checkpoint: expected one or more, found none")
     return found
@@ -114,7 +119,9 @@ class Trained:
                     f"et_label: expected null, as {type(data_set).__name__} has no ET; found "
                     f"{et_label}"
                 )
-            data_set = BraTS(folder, data_set.modalities, data_set.regions, et_label)
+            data_set = BraTS(
+                folder, data_set.modalities, data_set.regions, et_label, incomplete=True
+            )
         return replace(self, data_set=data_set)
 
     def volume(self, case: Case) -> Volume:

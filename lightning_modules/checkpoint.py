@@ -1,6 +1,7 @@
 """Checkpoints: weights, the configuration that rebuilds the module, the cases it has seen."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from errors import InputError
+from files import written_whole
 from lightning_modules.constructors import check_constructors
 from lightning_modules.inference import Ensemble
 from lightning_modules.segmentation import SegmentationModule
@@ -17,6 +21,7 @@ from lightning_modules.segmentation import SegmentationModule
 CONFIG_KEY = "config"
 STOPPED_KEY = "stopped"  # whether training was to stop early there
 SEEN_KEY = "seen"  # part of the split -> identity of a patient -> name of the case
+WEIGHTS = ".safetensors"  # ends the name of a checkpoint of what prediction needs, see `export`
 
 # Keys of the configuration, below `data`, whose values the networks of an ensemble must share.
 SHARED = {
@@ -44,7 +49,11 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = (
+            _read_weights(path)
+            if path.suffix == WEIGHTS
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # torch has no error of its own for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint ({reason})") from error
@@ -54,6 +63,33 @@ def read(path: str | Path) -> dict[str, Any]:
         )
     check_constructors(content[CONFIG_KEY], path)
     return content
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    """Read a file of `export`, in the layout of a checkpoint."""
+    with safe_open(path, "pt") as file:
+        known = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {**known, "state_dict": weights}
+
+
+def export(checkpoint: Path, path: Path) -> None:
+    """Write what prediction needs of a checkpoint as a file that cannot hold code.
+
+    Its header has the configuration of network, data and inference, and the cases that the network
+    has seen; folders of the machine that trained it are left out.
+
+    Raises:
+        InputError: `read` refuses the checkpoint.
+    """
+    content = read(checkpoint)
+    config = {key: content[CONFIG_KEY][key] for key in ("model", "module", "data", "seed")}
+    for node in (config["data"]["data_set"], config["data"]["cache"]):
+        node["root"] = Path(node["root"]).name
+    header = {CONFIG_KEY: config, SEEN_KEY: content[SEEN_KEY]}
+    weights = {name: weight.contiguous() for name, weight in content["state_dict"].items()}
+    with written_whole(path) as partial:
+        save_file(weights, partial, {key: json.dumps(value) for key, value in header.items()})
 
 
 def first_readable(paths: Sequence[Path]) -> Path | None:

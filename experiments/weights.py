@@ -1,0 +1,51 @@
+"""Write the networks of finished runs as weights that come with the repository.
+
+    python -m experiments.weights runs/real_scans weights/glioma
+
+Each file of safetensors holds one network with its configuration; `predict.py checkpoint=FOLDER`
+averages those of a folder.
+"""
+
+import argparse
+from pathlib import Path
+
+from errors import InputError
+from experiments.command import command
+from experiments.run import finished_runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=Path, help="folder of a run, or of several")
+    parser.add_argument("output", type=Path, help="folder of the weights; it must not have others")
+    arguments = parser.parse_args()
+    write_weights(arguments.runs, arguments.output)
+
+
+def write_weights(runs: Path, output: Path) -> list[Path]:
+    """Write the best checkpoint of each finished run of a folder; returns the files.
+
+    Raises:
+        InputError: There is no finished run, a checkpoint cannot be used, or the output has weights
+            of other runs, which would be averaged with them.
+    """
+    from lightning_modules.checkpoint import WEIGHTS, export
+
+    written = {output / f"{run.path.name}{WEIGHTS}": run for run in finished_runs(runs)}
+    if others := set(output.glob(f"*{WEIGHTS}")) - set(written):
+        raise InputError(
+            f"{output}: expected no weights, or those of the same runs; found {min(others).name}"
+        )
+    for path, run in written.items():
+        export(run.best, path)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    return list(written)
+
+
+if __name__ == "__main__":
+    with command():
+        main()

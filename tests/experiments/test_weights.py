@@ -1,0 +1,109 @@
+"""Weights without a run predict as its checkpoint does; a case may lack modalities."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+from safetensors import safe_open
+
+from errors import InputError
+from experiments.prediction import Predictor, predict_folder
+from experiments.trained import find_checkpoints
+from experiments.weights import write_weights
+from lightning_modules import checkpoint
+from tests.conftest import options_of, untrained, write_brats
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def runs(composed: Compose, tiny: list[str], tmp_path: Path) -> Path:
+    """Two finished runs of networks that have learned nothing."""
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / f"run-{seed}"
+        folder.mkdir(parents=True)
+        torch.manual_seed(seed)
+        torch.save(untrained(composed, *tiny, f"seed={seed}"), folder / "best.ckpt")
+        (folder / "results.json").touch()
+    return tmp_path / "runs"
+
+
+def probabilities(checkpoints: Path, source: Path) -> np.ndarray:
+    options = options_of("predict", checkpoint=checkpoints, input=source, output="unused")
+    predictor = Predictor.from_options(options).in_folder(source)
+    (case,) = predictor.cases()
+    return predictor.estimate(case).probabilities
+
+
+def test_weights_predict_as_the_runs_do_to_the_bit(runs: Path, tmp_path: Path):
+    source = write_brats(tmp_path / "new", cases=1)
+    written = write_weights(runs, tmp_path / "weights")
+    assert [path.name for path in written] == ["run-0.safetensors", "run-1.safetensors"]
+    assert find_checkpoints(tmp_path / "weights") == written
+    expected = probabilities(runs, source)
+    np.testing.assert_array_equal(probabilities(tmp_path / "weights", source), expected)
+    assert (probabilities(written[0], source) != expected).any()
+
+
+def test_weights_have_no_folder_of_the_machine_that_made_them(runs: Path, tmp_path: Path):
+    path, _ = write_weights(runs, tmp_path / "weights")
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert str(tmp_path) not in json.dumps(header)
+    assert set(header) == {checkpoint.CONFIG_KEY, checkpoint.SEEN_KEY}
+    assert checkpoint.read(path)["config"]["seed"] == 0
+
+
+def test_weights_of_other_runs_are_not_averaged_with(runs: Path, tmp_path: Path):
+    write_weights(runs / "run-1", tmp_path / "weights")
+    with pytest.raises(InputError, match=r"weights: expected no weights, .* found run-1"):
+        write_weights(runs / "run-0", tmp_path / "weights")
+    write_weights(runs, tmp_path / "weights")  # those of the same runs are written again
+
+
+def test_a_damaged_file_is_named(runs: Path, tmp_path: Path):
+    path, _ = write_weights(runs, tmp_path / "weights")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"run-0.safetensors: not a readable checkpoint"):
+        checkpoint.read(path)
+
+
+def test_a_missing_modality_is_said_and_is_zero_for_the_network(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    whole, without = (write_brats(tmp_path / name, cases=1) for name in ("whole", "without"))
+    (without / "BraTS2021_00000" / "BraTS2021_00000_t1.nii.gz").unlink()
+    found = probabilities(runs, without)
+    assert "BraTS2021_00000: expected t1, found none; the network sees 0 in its place" in (
+        caplog.text
+    )
+    options = options_of("predict", checkpoint=runs, input=whole, output="unused")
+    predictor = Predictor.from_options(options).in_folder(whole)
+    volume = predictor.trained.volume(predictor.cases()[0])
+    volume.image[predictor.data_set.modalities.index("t1")] = 0
+    everywhere = np.ones(volume.image.shape[1:], bool)
+    np.testing.assert_array_equal(found, predictor.trained.probabilities(volume, everywhere))
+
+
+def test_a_case_with_one_modality_gets_a_label_map_and_a_picture(runs: Path, tmp_path: Path):
+    source = write_brats(tmp_path / "new", cases=2)
+    for name in ("t1", "t1ce", "flair"):
+        (source / "BraTS2021_00001" / f"BraTS2021_00001_{name}.nii.gz").unlink()
+    output = tmp_path / "out"
+    predict_folder(
+        options_of("predict", checkpoint=runs, input=source, output=output, pictures=True)
+    )
+    for name in ("BraTS2021_00000", "BraTS2021_00001"):
+        shape = nib.load(source / name / f"{name}_t2.nii.gz").shape
+        assert nib.load(output / f"{name}.nii.gz").shape == shape
+        assert (output / f"{name}.png").is_file()
+    shutil.rmtree(source / "BraTS2021_00000")
+    (source / "BraTS2021_00001" / "BraTS2021_00001_t2.nii.gz").unlink()
+    with pytest.raises(InputError, match="case BraTS2021_00001 has no t1"):
+        predict_folder(options_of("predict", checkpoint=runs, input=source, output=output))

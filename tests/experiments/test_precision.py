@@ -29,7 +29,8 @@ def under_autocast(layer: nn.Module, image: Tensor) -> list[Tensor]:
         output = layer(image)
     assert output.dtype == torch.bfloat16
     output.float().square().mean().backward()
-    return [output.float(), *(weight.grad for weight in layer.parameters())]
+    gradients = [weight.grad for weight in layer.parameters() if weight.grad is not None]
+    return [output.float(), *gradients]
 
 
 LAYERS = [nn.Conv3d(8, 6, 3), nn.ConvTranspose3d(8, 6, 2, stride=2), nn.Linear(8, 6)]

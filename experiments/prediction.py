@@ -43,14 +43,12 @@ class Estimate(NamedTuple):
     Attributes:
         volume: The preprocessed case.
         probabilities: (R, X, Y, Z) float32 on its grid, 0 where there is no candidate.
-        agreement: (R,), the Dice of one estimate with another; NaN for one alone.
         share: How many voxels the networks got, over how many they get without a detector.
         seconds: Time that networks and detector took.
     """
 
     volume: Volume
     probabilities: np.ndarray
-    agreement: np.ndarray
     share: float
     seconds: float
 
@@ -250,11 +248,9 @@ class Predictor:
         volume = self.trained.volume(case)
         start = time.perf_counter()
         candidates = self.where.candidates(case, volume)
-        probabilities, agreement = self.trained.predicted(volume, candidates)
         return Estimate(
             volume=volume,
-            probabilities=probabilities,
-            agreement=agreement,
+            probabilities=self.trained.probabilities(volume, candidates),
             share=self.trained.share(candidates),
             seconds=time.perf_counter() - start,
         )

@@ -141,8 +141,8 @@ class Trained:
             "extras": extras,
         }
 
-    def predicted(self, volume: Volume, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Predict the probabilities of candidates, and how far the estimates agree.
+    def probabilities(self, volume: Volume, candidates: np.ndarray) -> np.ndarray:
+        """Predict the probabilities of candidates.
 
         The networks are not called if there is no candidate.
 
@@ -151,21 +151,16 @@ class Trained:
             candidates: (X, Y, Z) bool, on its grid.
 
         Returns:
-            (R, X, Y, Z) float32, 0 where there is no candidate; (R,), see `Averaged`.
+            (R, X, Y, Z) float32, 0 where there is no candidate.
         """
-        regions = len(self.data_set.regions)
         if not candidates.any():
-            return np.zeros((regions, *candidates.shape), np.float32), np.full(regions, np.nan)
+            return np.zeros((len(self.data_set.regions), *candidates.shape), np.float32)
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         image = torch.from_numpy(whole(volume.image, self.cut)).float()[None]
         found = self.ensemble.computed_on(image, torch.from_numpy(candidates)[None], device)
-        return found.probabilities[0].numpy(), found.agreement[0].numpy()
-
-    def probabilities(self, volume: Volume, candidates: np.ndarray) -> np.ndarray:
-        """Return the probabilities of `predicted` alone."""
-        return self.predicted(volume, candidates)[0]
+        return found[0].numpy()
 
     def share(self, candidates: np.ndarray) -> float:
         """Return how many voxels the networks get for candidates (X, Y, Z), over those for all."""

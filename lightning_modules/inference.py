@@ -444,20 +444,6 @@ class Member(Protocol):
         ...
 
 
-class Averaged(NamedTuple):
-    """What several estimates say together.
-
-    Attributes:
-        probabilities: (B, R, X, Y, Z) float32, their mean; 0 where there is no candidate.
-        agreement: (B, R) float64, the Dice of one estimate with another, over all pairs, for
-            probabilities as they are: of p and q it is 2 Σpq / (Σp + Σq). NaN for one estimate
-            alone.
-    """
-
-    probabilities: Tensor
-    agreement: Tensor
-
-
 class Ensemble:
     """Averages probabilities over networks and mirror images.
 
@@ -498,44 +484,40 @@ class Ensemble:
 
     def __call__(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
         """Predict the probabilities of all voxels, in float32, on the device of the image."""
-        return self.within(image, everywhere(image)).probabilities
+        return self.within(image, everywhere(image))
 
     @torch.inference_mode()
     def within(
         self, image: Float[Tensor, "b c x y z"], candidates: Bool[Tensor, "b x y z"]
-    ) -> Averaged:
-        """Predict the candidates, of which there is one at least, on the device of the image."""
+    ) -> Float[Tensor, "b r x y z"]:
+        """Predict the probabilities of candidates, of which there is one at least.
+
+        Returns:
+            Probabilities in float32, on the device of the image; 0 where there is no candidate.
+        """
         half = self.precision is not torch.float32
-        # Sums, so that one estimate is held at a time. The squares tell the pairs of two different
-        # estimates from all pairs.
-        total, squares = torch.zeros(()), torch.zeros(())
+        mean: Tensor | None = None  # until the end the sum, so that one estimate is held at a time
         with torch.autocast(image.device.type, self.precision, enabled=half):
             for member in self.members:
                 for estimate in member.estimates(image, candidates, self.flips):
-                    estimate = estimate.float() * candidates[:, None]
-                    total = total + estimate if total.ndim == 0 else total.add_(estimate)
-                    squares = squares + estimate.double().square().sum((2, 3, 4))
-        pairs = total.double().square().sum((2, 3, 4)) - squares
-        agreement = pairs / ((self.estimates - 1) * total.double().sum((2, 3, 4)))
-        if self.estimates == 1:
-            agreement = torch.full_like(agreement, math.nan)
-        return Averaged(total.div_(self.estimates), agreement)
+                    mean = estimate.float() if mean is None else mean.add_(estimate)
+        assert mean is not None
+        return mean.div_(self.estimates).mul_(candidates[:, None])
 
     def computed_on(
         self,
         image: Float[Tensor, "b c x y z"],
         candidates: Bool[Tensor, "b x y z"],
         device: torch.device | str,
-    ) -> Averaged:
+    ) -> Float[Tensor, "b r x y z"]:
         """Predict as `within` does on a device, or on the CPU if the device runs out of memory.
 
         Returns:
-            Tensors on the CPU.
+            Probabilities in float32, on the CPU.
         """
         if torch.device(device).type != "cpu":
             with suppress_out_of_memory("on the CPU"):
-                found = self.to(device).within(image.to(device), candidates.to(device))
-                return Averaged(*(tensor.cpu() for tensor in found))
+                return self.to(device).within(image.to(device), candidates.to(device)).cpu()
         return self.to("cpu").within(image.cpu(), candidates.cpu())
 
 

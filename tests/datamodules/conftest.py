@@ -1,25 +1,16 @@
 """Data that several tests of the data modules share."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
-from datamodules.appearance import (
-    Bias,
-    Blur,
-    Contrast,
-    Copied,
-    Gamma,
-    Intensity,
-    Missing,
-    Noise,
-    Part,
-    Ringing,
-    Slices,
-)
+from datamodules.appearance import Part
 from datamodules.template import Registration
-from tests.conftest import write_metastases
+from tests.conftest import ROOT, write_metastases
 
 # A scan that is the template, turned, scaled and shifted.
 SCAN_SPACING_MM = 4
@@ -75,16 +66,13 @@ def metastases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wide_parts(probability: float) -> dict[str, Part]:
-    """Make the parts of conf/augmentation/wide.yaml with one probability, on a grid of 1 mm."""
-    return {
-        "copied": Copied(probability),
-        "missing": Missing(probability),
-        "contrast": Contrast(probability, (-0.5, 0.5)),
-        "gamma": Gamma(probability, (0.6, 1.6)),
-        "bias": Bias(probability, (0, 0.15)),
-        "intensity": Intensity(probability, (0.6, 1.6), (-0.4, 0.4)),
-        "blur": Blur(probability, (0, 1.5), spacing_mm=1),
-        "slices": Slices(probability, (2, 6), spacing_mm=1),
-        "ringing": Ringing(probability, (0.5, 0.9)),
-        "noise": Noise(probability, (0, 0.3)),
-    }
+    """Build the parts of conf/augmentation/wide.yaml with one probability, on a grid of 1 mm."""
+    preset: Any = OmegaConf.load(ROOT / "conf/augmentation/wide.yaml")
+    parts = {}
+    for name in preset.transform.transforms.appearance.parts:
+        part = preset[name]
+        part.probability = probability
+        if "spacing_mm" in part:
+            part.spacing_mm = 1
+        parts[name] = instantiate(part)
+    return parts

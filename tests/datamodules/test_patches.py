@@ -419,6 +419,20 @@ def test_resumed_epoch_starts_where_it_should(brats: Path, cache_root: Path, tmp
     assert next(iter(loader.sampler)) == (4, 0)
 
 
+def test_a_rank_reads_its_own_share_of_the_cases(brats: Path, cache_root: Path, tmp_path: Path):
+    module = data_module(brats, cache_root)
+    module.setup("fit")
+    shares = {}
+    for devices in (1, 2):
+        module.trainer = pl.Trainer(
+            default_root_dir=tmp_path, logger=False, accelerator="cpu", devices=devices
+        )
+        volumes = [*module._whole_volumes(module.parts.train)]
+        shares[devices] = [index for volume in volumes for index in volume["index"].tolist()]
+    assert shares[1] == list(range(len(module.parts.train)))
+    assert shares[2] == shares[1][::2]  # rank 0 of two
+
+
 def test_an_epoch_without_a_step_is_refused(brats: Path, cache_root: Path, tmp_path: Path):
     module = data_module(brats, cache_root)
     module.patches_per_epoch = 0

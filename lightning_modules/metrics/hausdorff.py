@@ -48,7 +48,7 @@ def hausdorff95(
     """
     box = bounding_box(prediction | truth)
     surfaces = [surface(np.pad(mask[box], MAX_SHELLS)) for mask in (prediction, truth)]
-    points = [_positions(own, spacing_mm) for own in surfaces]
+    points = [positions_mm(own, spacing_mm) for own in surfaces]
     # Built for one query: balanced trees would take longer than they save.
     trees = [KDTree(own, 16, balanced_tree=False, compact_nodes=False) for own in points]
     shells = [_shells(*surfaces), _shells(*reversed(surfaces))]
@@ -94,7 +94,7 @@ def _steps(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return 1, shape[2], shape[1] * shape[2]
 
 
-def _positions(
+def positions_mm(
     mask: Bool[np.ndarray, "x y z"], spacing_mm: Sequence[float]
 ) -> Float64[np.ndarray, "n 3"]:
     """Return the positions in mm of the true voxels of a mask."""

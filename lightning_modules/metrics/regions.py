@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from lightning_modules.metrics.border import border_mm
 from lightning_modules.metrics.cases import CaseMetrics
 from lightning_modules.metrics.hausdorff import hausdorff95
 
 # Scores of a region in an evaluation, on the grid that the case is stored on.
-SCORES = ("dice", "sensitivity", "specificity", "hd95_mm", "hd95_pooled_mm")
+SCORES = ("dice", "sensitivity", "specificity", "hd95_mm", "hd95_pooled_mm", "border_mm")
 
 
 class Convention(NamedTuple):
@@ -73,6 +74,7 @@ def region_scores(
 ) -> dict[str, float]:
     """Compute `SCORES` of one region of one case.
 
+    `border_mm` is not defined if a mask is empty, whatever the convention: it has a sign.
     Specificity depends on the amount of background, so masks must cover whole scans, not crops.
 
     Args:
@@ -104,6 +106,7 @@ def region_scores(
         "specificity": 1 - (predicted - hit) / background if background else empty.agreed,
         "hd95_mm": hd95_mm,
         "hd95_pooled_mm": hd95_pooled_mm,
+        "border_mm": border_mm(prediction, truth, spacing_mm),
     }
 
 

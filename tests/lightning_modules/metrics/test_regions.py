@@ -134,25 +134,25 @@ PAIRS = {
     "shifted, thick slices": (np.roll(BALL, (2, 1), (0, 2)), BALL, (1, 1, 5)),
 }
 DIAGONAL = math.sqrt(3) * 48
-#                          Dice  sens  spec  HD95 max  pooled
+#                          Dice  sens  spec  HD95 max  pooled  border
 EXPECTED = {
     "both empty": {
-        "brats2020": (1, 1, 1, 0, 0),
-        "brats2023": (1, 1, 1, 0, 0),
-        "nan": (NAN, NAN, 1, NAN, NAN),
+        "brats2020": (1, 1, 1, 0, 0, NAN),
+        "brats2023": (1, 1, 1, 0, 0, NAN),
+        "nan": (NAN, NAN, 1, NAN, NAN, NAN),
     },
     "missed": {
-        "brats2020": (0, 0, 1, DIAGONAL, DIAGONAL),
-        "brats2023": (0, 0, 1, 374, 374),
-        "nan": (0, 0, 1, NAN, NAN),
+        "brats2020": (0, 0, 1, DIAGONAL, DIAGONAL, NAN),
+        "brats2023": (0, 0, 1, 374, 374, NAN),
+        "nan": (0, 0, 1, NAN, NAN, NAN),
     },
     "false alarm": {
-        "brats2020": (0, 0, 0.962, DIAGONAL, DIAGONAL),
-        "brats2023": (0, 0, 0.962, 374, 374),
-        "nan": (NAN, NAN, 0.962, NAN, NAN),
+        "brats2020": (0, 0, 0.962, DIAGONAL, DIAGONAL, NAN),
+        "brats2023": (0, 0, 0.962, 374, 374, NAN),
+        "nan": (NAN, NAN, 0.962, NAN, NAN, NAN),
     },
-    "shifted, and an island": {"brats2020": (0.917, 0.924, 0.996, 23.88, 1.0)},
-    "shifted, thick slices": {"brats2020": (0.834, 0.834, 0.994, 3.16, 3.16)},
+    "shifted, and an island": {"brats2020": (0.917, 0.924, 0.996, 23.88, 1.0, 0.695)},
+    "shifted, thick slices": {"brats2020": (0.834, 0.834, 0.994, 3.16, 3.16, 0)},
 }
 
 

@@ -53,6 +53,7 @@ def evaluate(options: Mapping[str, Any]) -> Path:
         data_set: DataSet = BraTSMasks(options["input"])
         cases = [case for case in data_set.cases() if case.mask is not None]
         least_mm3: Mapping[str, float] = {}
+        expected: Mapping[str, Mapping[str, float]] = {}
     else:
         choose = options["thresholds"] == "chosen"
         trained = Predictor.from_options(
@@ -72,12 +73,24 @@ def evaluate(options: Mapping[str, Any]) -> Path:
         unfiltered = predictor.with_point(replace(predictor.point, least_mm3={}))
         if failed := unfiltered(cases, output / "predictions"):
             raise InputError(f"{len(failed)} of {len(cases)} cases failed: {', '.join(failed)}")
+        expected = expected_dice(unfiltered, output / "predictions")
         predictions = BraTSMasks(output / "predictions", data_set.regions)
-    text = write_report(predictions, data_set, cases, output, options["convention"], least_mm3)
+    text = write_report(
+        predictions, data_set, cases, output, options["convention"], least_mm3, expected
+    )
     log_to_wandb(output, options["wandb"])
     print(text.read_text())
     print(f"tables and figures: {output}")
     return text
+
+
+def expected_dice(predictor: Predictor, output: Path) -> dict[str, dict[str, float]]:
+    """Read what the networks expect of their Dice: case -> `expected_<region>` -> value."""
+    columns = [f"expected_{region}" for region in predictor.data_set.regions]
+    return {
+        case: {column: float(row[column]) for column in columns}
+        for case, row in predictor.rows(output).read().items()
+    }
 
 
 def chosen_point(trained: Predictor, options: Mapping[str, Any]) -> OperatingPoint:

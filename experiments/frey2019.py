@@ -119,6 +119,22 @@ def false_alarms(rows: Rows, regions: Sequence[str]) -> list[dict[str, str]]:
     return table
 
 
+def borders(rows: Rows, regions: Sequence[str]) -> list[str]:
+    """Say where the predicted border of each region lies, in the mean over the cases."""
+    lines = []
+    for region in reversed(regions):
+        values_mm = np.array([row[f"border_mm_{region}"] for row in rows.values()])
+        values_mm = values_mm[~np.isnan(values_mm)]
+        if len(values_mm):
+            mean_mm = values_mm.mean()
+            side = "outside" if mean_mm > 0 else "inside"
+            lines.append(
+                f"The border of {region} lies {abs(mean_mm):.2f} mm {side} the true one, in the "
+                f"mean over {len(values_mm)} cases that have it and where it is predicted."
+            )
+    return lines
+
+
 def by_grade(rows: Rows, grades: Mapping[str, str], regions: Sequence[str]) -> list[dict[str, str]]:
     """Average Dice by grade: the paper finds that low-grade gliomas without ET are misclassified.
 
@@ -325,6 +341,7 @@ def write_report(
     output: Path,
     convention: str = "nan",
     least_mm3: Mapping[str, float] | None = None,
+    expected: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
     """Score predictions; write `cases.csv`, `table1.md`, two tables as CSV and the figures.
 
@@ -338,6 +355,8 @@ def write_report(
         convention: Name of the rules for empty masks.
         least_mm3: Region -> least volume that the predictions were made without. A second table has
             the scores with these volumes.
+        expected: Case -> `expected_<region>`, what the networks expect of their own Dice, to stand
+            beside the true one.
 
     Returns:
         The Markdown file.
@@ -358,6 +377,7 @@ def write_report(
     for pair in track(pairs, "scoring"):
         both = compare(pair, predictions, data_set)
         row = case_scores(both.prediction, both.truth, regions, both.spacing_mm, convention)
+        row |= (expected or {}).get(pair.case.name, {})
         rows[pair.case.name] = filtered_rows[pair.case.name] = row
         voxel_mm3 = float(np.prod(both.spacing_mm))
         filtered = without_small(both.prediction, regions, least_mm3 or {}, voxel_mm3)
@@ -374,6 +394,7 @@ def write_report(
     write_csv(output / "table1.csv", table)
     lines = [_basis(len(pairs), convention), "", markdown(table), ""]
     lines += [markdown(false_alarms(rows, regions)), ""]
+    lines += [*borders(rows, regions), ""]
     grades = {case.name: case.grade for case in cases}
     if any(grades.values()):
         table = by_grade(rows, grades, regions)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from errors import InputError
 from experiments.cascade import Where, where_of
 from experiments.combinations import check_writable
 from experiments.operating_point import OperatingPoint
+from experiments.tables import CaseRows
 from experiments.trained import Trained, find_checkpoints
 from files import read_json, write_json, written_whole
 from lightning_modules.checkpoint import check_unseen
@@ -29,6 +31,8 @@ from lightning_modules.metrics.regions import dice
 from lightning_modules.pictures import draw_case
 
 SETTINGS_NAME = "predicted_with.json"
+ROWS_NAME = "predictions.csv"
+ROWS_START = "case,volume_mm3_"  # how such a file begins
 MARK = "predict.py "  # begins the description in the header of a file that `Predictor` has written
 
 
@@ -43,12 +47,14 @@ class Estimate(NamedTuple):
     Attributes:
         volume: The preprocessed case.
         probabilities: (R, X, Y, Z) float32 on its grid, 0 where there is no candidate.
+        expected_dice: (R,), see `Averaged.agreement`.
         share: How many voxels the networks got, over how many they get without a detector.
         seconds: Time that networks and detector took.
     """
 
     volume: Volume
     probabilities: np.ndarray
+    expected_dice: np.ndarray
     share: float
     seconds: float
 
@@ -145,7 +151,7 @@ class Predictor:
         return cases
 
     def __call__(self, cases: Sequence[Case], output: Path) -> list[str]:
-        """Write a label map of every case; print scores where there are masks.
+        """Write a label map and a row of every case; print scores where there are masks.
 
         Cases that are in the output already are left alone, unless their scans have changed since
         or other networks have predicted them. A case that cannot be used does not keep the others
@@ -156,7 +162,7 @@ class Predictor:
 
         Raises:
             InputError: The folder holds what other networks or thresholds have predicted, or files
-                of the user's under the names of label maps.
+                of the user's under the names of what is written.
         """
         check_writable("output", output)
         output.mkdir(parents=True, exist_ok=True)
@@ -182,12 +188,15 @@ class Predictor:
             InputError: The folder holds label maps of other networks or thresholds, and `again` is
                 false; or a file that is no prediction under the name of one.
         """
-        for path in (path for case in cases for path in self._volumes(case, output)):
-            if path.exists() and not description(path).startswith(MARK):
-                raise InputError(
-                    f"{path}: expected no file, or one that predict.py has written, found another; "
-                    "give another output"
-                )
+        rows = self.rows(output).path
+        others = [path for path in [rows] if path.exists() and not _begins(path, ROWS_START)]
+        volumes = (path for case in cases for path in self._volumes(case, output))
+        others += (p for p in volumes if p.exists() and not description(p).startswith(MARK))
+        if others:
+            raise InputError(
+                f"{others[0]}: expected no file, or one that predict.py has written, found "
+                "another; give another output"
+            )
         path, settings = output / SETTINGS_NAME, self._settings()
         if path.exists() and not self.again:
             advice = "give another output, or again=true to replace what is there"
@@ -226,11 +235,24 @@ class Predictor:
         probabilities = output / f"{case.name}_probabilities.nii.gz"
         return [*([probabilities] if self.probabilities else []), label_map(output, case.name)]
 
+    def rows(self, output: Path) -> CaseRows:
+        """Return the table in a folder of predictions: a row for each case that is done.
+
+        Its columns are the volume of each region in the label map, and the Dice that the networks
+        expect of it (see `Averaged.agreement`); the seconds that networks and detector took; and
+        the modalities that the case lacks.
+        """
+        regions = self.data_set.regions
+        by_region = [f"{name}_{r}" for name in ("volume_mm3", "expected") for r in regions]
+        return CaseRows(output / ROWS_NAME, ["case", *by_region, "seconds", "missing"])
+
     def _picture(self, case: Case, output: Path) -> Path:
         return output / f"{case.name}.png"
 
     def _is_done(self, case: Case, output: Path) -> bool:
         """Whether all that is asked for is there, for these scans and by these networks."""
+        if case.name not in self.rows(output).read():
+            return False
         if self.pictures and not self._picture(case, output).is_file():
             return False
         paths = self._volumes(case, output)
@@ -248,15 +270,17 @@ class Predictor:
         volume = self.trained.volume(case)
         start = time.perf_counter()
         candidates = self.where.candidates(case, volume)
+        probabilities, expected_dice = self.trained.predicted(volume, candidates)
         return Estimate(
             volume=volume,
-            probabilities=self.trained.probabilities(volume, candidates),
+            probabilities=probabilities,
+            expected_dice=expected_dice,
             share=self.trained.share(candidates),
             seconds=time.perf_counter() - start,
         )
 
     def predict(self, case: Case, output: Path) -> str:
-        """Predict and write one case; returns its name, its scores and what it took.
+        """Predict and write one case, its row last; returns its name, scores and what it took.
 
         A mask that cannot be used is left out with a warning: it only takes part in the scores.
 
@@ -266,6 +290,7 @@ class Predictor:
         regions, data_set = self.data_set.regions, self.data_set
         mark = self._mark(case)
         # What is there is of other scans or networks, and must not outlive an error or a kill.
+        self.rows(output).remove(case.name)
         for path in (*self._volumes(case, output), self._picture(case, output)):
             path.unlink(missing_ok=True)
         try:
@@ -287,14 +312,21 @@ class Predictor:
         *others, written = self._volumes(case, output)
         for path in others:
             write_volume(path, np.moveaxis(probabilities, 0, -1), reference, mark)
-        write_volume(written, in_files(data_set.to_labels(found), data_set), reference, mark)
+        labels = data_set.to_labels(found)
+        write_volume(written, in_files(labels, data_set), reference, mark)
 
         thresholds = np.array([self.point.thresholds[region] for region in regions])
-        title = case.name
+        expected_dice = dict(zip(regions, estimate.expected_dice.tolist(), strict=True))
+        told = []
         masks = {"prediction": estimate.probabilities > thresholds[:, None, None, None]}
         if case.mask is not None:
             masks = {"truth": data_set.to_regions(volume.labels), **masks}
-            title = f"{case.name}: {dice_of_file(written, case, data_set)}"
+            told.append(dice_of_file(written, case, data_set))
+        if defined := [
+            f"{r} {value:.2f}" for r, value in expected_dice.items() if not math.isnan(value)
+        ]:
+            told.append(f"expected Dice {'  '.join(defined)}")
+        title = f"{case.name}: {'; '.join(told)}" if told else case.name
         if self.pictures:
             rows = {
                 name: dict(zip(regions, by_region, strict=True))
@@ -304,6 +336,19 @@ class Predictor:
             figure = draw_case(scan.astype("float32"), rows, title)
             with written_whole(self._picture(case, output)) as partial:
                 figure.savefig(partial, dpi=80)
+        volumes_mm3 = data_set.to_regions(labels).sum((1, 2, 3)) * voxel_mm3
+        volumes = dict(zip(regions, volumes_mm3.tolist(), strict=True))
+        self.rows(output).put(
+            {
+                "case": case.name,
+                **{f"volume_mm3_{region}": round(value, 3) for region, value in volumes.items()},
+                **{
+                    f"expected_{region}": round(value, 4) for region, value in expected_dice.items()
+                },
+                "seconds": round(estimate.seconds, 2),
+                "missing": " ".join(m for m in data_set.modalities if m not in case.images),
+            }
+        )
         share_percent, seconds = 100 * estimate.share, estimate.seconds
         return f"{title}; networks ran on {share_percent:.0f} % of the volume in {seconds:.1f} s"
 
@@ -342,6 +387,11 @@ def warn_of_seen_cases(
             check_unseen(checkpoint, identities)
         except InputError as error:
             logging.warning("%s; scores of these cases say nothing about new ones", error)
+
+
+def _begins(path: Path, text: str) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(text)) == text.encode()
 
 
 def in_files(labels: np.ndarray, data_set: DataSet) -> np.ndarray:

@@ -141,8 +141,8 @@ class Trained:
             "extras": extras,
         }
 
-    def probabilities(self, volume: Volume, candidates: np.ndarray) -> np.ndarray:
-        """Predict the probabilities of candidates.
+    def predicted(self, volume: Volume, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Predict the probabilities of candidates, and how far the estimates of them agree.
 
         The networks are not called if there is no candidate.
 
@@ -151,16 +151,22 @@ class Trained:
             candidates: (X, Y, Z) bool, on its grid.
 
         Returns:
-            (R, X, Y, Z) float32, 0 where there is no candidate.
+            (R, X, Y, Z) float32, 0 where there is no candidate; (R,), see `Averaged`.
         """
         if not candidates.any():
-            return np.zeros((len(self.data_set.regions), *candidates.shape), np.float32)
+            regions = len(self.data_set.regions)
+            nothing = np.zeros((regions, *candidates.shape), np.float32)
+            return nothing, np.full(regions, np.nan)
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         image = torch.from_numpy(whole(volume.image, self.cut)).float()[None]
         found = self.ensemble.computed_on(image, torch.from_numpy(candidates)[None], device)
-        return found[0].numpy()
+        return found.probabilities[0].numpy(), found.agreement[0].numpy()
+
+    def probabilities(self, volume: Volume, candidates: np.ndarray) -> np.ndarray:
+        """Predict the probabilities of candidates alone; see `predicted`."""
+        return self.predicted(volume, candidates)[0]
 
     def share(self, candidates: np.ndarray) -> float:
         """Return how many voxels the networks get for candidates (X, Y, Z), over those for all."""

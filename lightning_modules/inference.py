@@ -444,6 +444,21 @@ class Member(Protocol):
         ...
 
 
+class Averaged(NamedTuple):
+    """What several estimates say together.
+
+    Attributes:
+        probabilities: (B, R, X, Y, Z) float32, their mean; 0 where there is no candidate.
+        agreement: (B, R) float32, the Dice of one estimate with another among the candidates, over
+            all pairs of estimates: of probabilities p and q, as they are, it is 2 Σpq / Σ(p + q).
+            NaN for one estimate alone. Dice of masks would say less of the Dice with the truth:
+            mirror images of one network differ in their probabilities and hardly in their masks.
+    """
+
+    probabilities: Tensor
+    agreement: Tensor
+
+
 class Ensemble:
     """Averages probabilities over networks and mirror images.
 
@@ -484,40 +499,47 @@ class Ensemble:
 
     def __call__(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
         """Predict the probabilities of all voxels, in float32, on the device of the image."""
-        return self.within(image, everywhere(image))
+        return self.within(image, everywhere(image)).probabilities
 
     @torch.inference_mode()
     def within(
         self, image: Float[Tensor, "b c x y z"], candidates: Bool[Tensor, "b x y z"]
-    ) -> Float[Tensor, "b r x y z"]:
-        """Predict the probabilities of candidates, of which there is one at least.
-
-        Returns:
-            Probabilities in float32, on the device of the image; 0 where there is no candidate.
-        """
+    ) -> Averaged:
+        """Predict the candidates, of which there is one at least, on the device of the image."""
         half = self.precision is not torch.float32
+        inside = candidates[:, None]
         mean: Tensor | None = None  # until the end the sum, so that one estimate is held at a time
+        shared: Tensor | float = 0.0  # Σpq over all pairs; an estimate forms one with each before
         with torch.autocast(image.device.type, self.precision, enabled=half):
             for member in self.members:
                 for estimate in member.estimates(image, candidates, self.flips):
-                    mean = estimate.float() if mean is None else mean.add_(estimate)
+                    if mean is None:
+                        mean = estimate.float()
+                    else:
+                        shared = shared + (mean * estimate).mul_(inside).sum((2, 3, 4))
+                        mean.add_(estimate)
         assert mean is not None
-        return mean.div_(self.estimates).mul_(candidates[:, None])
+        total = mean.mul_(inside).sum((2, 3, 4))
+        return Averaged(
+            probabilities=mean.div_(self.estimates),
+            agreement=2 * shared / ((self.estimates - 1) * total),
+        )
 
     def computed_on(
         self,
         image: Float[Tensor, "b c x y z"],
         candidates: Bool[Tensor, "b x y z"],
         device: torch.device | str,
-    ) -> Float[Tensor, "b r x y z"]:
+    ) -> Averaged:
         """Predict as `within` does on a device, or on the CPU if the device runs out of memory.
 
         Returns:
-            Probabilities in float32, on the CPU.
+            Tensors on the CPU.
         """
         if torch.device(device).type != "cpu":
             with suppress_out_of_memory("on the CPU"):
-                return self.to(device).within(image.to(device), candidates.to(device)).cpu()
+                found = self.to(device).within(image.to(device), candidates.to(device))
+                return Averaged(*(tensor.cpu() for tensor in found))
         return self.to("cpu").within(image.cpu(), candidates.cpu())
 
 

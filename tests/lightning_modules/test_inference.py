@@ -1,7 +1,9 @@
 """Inference on whole volumes: exact for every shape and tile, on the right voxels; ensembles."""
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import combinations, product
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -413,8 +415,8 @@ def test_an_ensemble_predicts_nothing_where_there_is_no_candidate():
     candidates[0, 1:3, 2, 3:] = True
     ensemble = Ensemble([Leaning(2), Leaning(4)], flip_axes=(0, 2))
     expected = torch.where(candidates[:, None], ensemble(image), 0.0)
-    assert torch.equal(ensemble.within(image, candidates), expected)
-    assert torch.equal(ensemble.computed_on(image, candidates, "cpu"), expected)
+    assert torch.equal(ensemble.within(image, candidates).probabilities, expected)
+    assert torch.equal(ensemble.computed_on(image, candidates, "cpu").probabilities, expected)
     assert ensemble.share(candidates) == pytest.approx(6 / 120)
 
 
@@ -442,6 +444,72 @@ def test_sixteen_estimates_are_the_mean_by_hand():
     assert not torch.allclose(expected, members[0](image), atol=1e-2)
     without_flips = torch.stack([member(image) for member in members]).mean(0)
     torch.testing.assert_close(Ensemble(members)(image), without_flips)
+
+
+class Fixed(Module):
+    """Predicts the same for every image."""
+
+    def __init__(self, probabilities: torch.Tensor) -> None:
+        super().__init__()
+        self.probabilities = probabilities
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.probabilities.clone()
+
+
+def test_agreement_is_the_dice_of_pairs_by_hand():
+    masks = torch.zeros(3, 1, 2, 2, 2, 2)
+    masks[0, 0, 0, 0], masks[1, 0, 0, 0, 0], masks[2, 0, 0, :, 0] = 1, 1, 1  # 4, 2 and 4 voxels
+    masks[:, 0, 1] = 1  # the second region is all of the volume, for all of them
+    image = torch.randn(1, 1, 2, 2, 2)
+
+    def agreement(estimates: torch.Tensor) -> list[float]:
+        ensemble = Ensemble([Fixed(estimate) for estimate in estimates])
+        return ensemble.within(image, everywhere(image)).agreement[0].tolist()
+
+    # Any two of the three masks share two voxels.
+    dice = 2 * (2 + 2 + 2) / ((4 + 2) + (4 + 4) + (2 + 4))
+    assert agreement(masks) == [pytest.approx(dice), pytest.approx(1)]
+    # Who doubts does not agree, not even with somebody who has the same doubts.
+    assert agreement(0.5 * masks) == [pytest.approx(0.5 * dice), pytest.approx(0.5)]
+    assert all(map(math.isnan, agreement(masks[:1])))  # there is no other to compare with
+    assert all(map(math.isnan, agreement(0 * masks)))
+
+
+def test_two_networks_and_their_mirror_images_agree_as_all_pairs_do_among_candidates():
+    torch.manual_seed(1)
+    image = torch.randn(2, 1, 4, 5, 6)
+    candidates = torch.rand(2, 4, 5, 6) > 0.3
+    members = [Leaning(2), Leaning(4)]
+    estimates = [
+        member(image.flip(axes)).flip(axes) * candidates[:, None]
+        for member in members
+        for axes in ([], [2], [4], [2, 4])
+    ]
+    found = Ensemble(members, flip_axes=(0, 2)).within(image, candidates)
+    for item in range(2):
+        pairs = [(a[item], b[item]) for a, b in combinations(estimates, 2)]
+        shared = sum(float((a * b).sum()) for a, b in pairs)
+        total = sum(float((a + b).sum()) for a, b in pairs)
+        assert found.agreement[item].tolist() == [pytest.approx(2 * shared / total)]
+    assert found.agreement[0] != found.agreement[1]
+
+
+def test_no_estimate_is_kept():
+    alive: WeakSet[torch.Tensor] = WeakSet()
+    most = 0
+
+    class Counted(Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            nonlocal most
+            estimate = image.sigmoid()
+            alive.add(estimate)
+            most = max(most, len(alive))
+            return estimate
+
+    image = torch.randn(1, 1, 4, 4, 4)
+    Ensemble([Counted() for _ in range(9)]).within(image, everywhere(image))
+    assert most <= 3  # the sum, the last one and the next
 
 
 class Convolution(Module):
@@ -474,5 +542,5 @@ def test_an_ensemble_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch):
         return ensemble
 
     monkeypatch.setattr(ensemble, "to", without_memory)
-    found = ensemble.computed_on(image, everywhere(image), "cuda")
+    found = ensemble.computed_on(image, everywhere(image), "cuda").probabilities
     torch.testing.assert_close(found, image.sigmoid())

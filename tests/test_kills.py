@@ -1,5 +1,6 @@
 """A run that is killed at any moment ends, when it is started again, as if it had never been."""
 
+import csv
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import train
 from datamodules.brats import BraTS
 from datamodules.cache import Cache
 from datamodules.nifti import write_volume
-from experiments.prediction import predict_folder
+from experiments.prediction import ROWS_NAME, predict_folder
 from files import PREFIX
 from lightning_modules import checkpoint
 from tests.conftest import options_of
@@ -202,4 +203,11 @@ def test_killed_while_it_predicts(
         patch.setattr("experiments.prediction.write_volume", write_and_die)
         killed(lambda: predict_folder({**asked, "again": again}))
     predict_folder(asked)
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    contents = [files(tmp_path / name) for name in ("killed", "whole")]
+    rows = [
+        [row | {"seconds": ""} for row in csv.DictReader(content.pop(ROWS_NAME).decode().split())]
+        for content in contents
+    ]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 6
+    assert contents[0] == contents[1]

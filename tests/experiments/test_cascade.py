@@ -1,7 +1,7 @@
 """A network runs where a detector fires: equal there to itself alone, and not called elsewhere."""
 
 from collections.abc import Callable
-from itertools import count
+from itertools import combinations, count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +140,35 @@ def test_candidates_have_the_probabilities_of_the_network_alone(
         assert (candidates.sum() > mask.sum()) == (margin_mm > 0)
         assert np.array_equal(found, np.where(candidates, alone, 0))
         assert 0 < predictor.trained.share(candidates) < 1
+
+
+def test_the_expected_dice_of_a_cascade_is_of_its_candidates(
+    checkpoint: MakeCheckpoint, brains: Path
+):
+    """Two networks and their mirror images, of which every pair is compared here."""
+    networks = [str(checkpoint(*AEUNET)) for _ in range(2)]
+    trained = predictor_of(brains, checkpoint=networks, flips=True).trained
+    volume = trained.volume(trained.data_set.cases()[0])
+    image = torch.from_numpy(volume.image.astype(np.float32))[None]
+    candidates = np.zeros(volume.labels.shape, bool)
+    candidates[4:9, 5:11, 3:12] = True
+    with torch.inference_mode():
+        estimates = [
+            estimate[0].double().numpy() * candidates
+            for member in trained.ensemble.members
+            for estimate in member.estimates(
+                image, torch.ones(1, *candidates.shape, dtype=torch.bool), trained.ensemble.flips
+            )
+        ]
+    pairs = list(combinations(estimates, 2))
+    assert len(pairs) == 16 * 15 / 2
+    shared = sum((p * q).sum((1, 2, 3)) for p, q in pairs)
+    total = sum((p + q).sum((1, 2, 3)) for p, q in pairs)
+    _, found = trained.predicted(volume, candidates)
+    np.testing.assert_allclose(found, 2 * shared / total, rtol=1e-4)
+    _, elsewhere = trained.predicted(volume, ~candidates)
+    assert not np.allclose(found, elsewhere, rtol=1e-3)
+    assert np.isnan(trained.predicted(volume, candidates & ~candidates)[1]).all()
 
 
 def test_networks_run_within_the_margin_of_voxels_above_the_threshold(

@@ -19,6 +19,7 @@ from errors import InputError
 from experiments import frey2019
 from experiments.evaluation import THRESHOLDS_NAME, cases_of_part, evaluate
 from experiments.operating_point import OperatingPoint
+from experiments.prediction import ROWS_NAME
 from lightning_modules import pictures
 from tests.conftest import ROOT, write_brats
 
@@ -77,6 +78,13 @@ def test_label_maps_are_scored_without_a_network(label_maps: tuple[Path, Path], 
             assert row[f"specificity_{region}"] == pytest.approx((~p & ~t).sum() / (~t).sum())
     assert rows["BraTS2021_00000"]["hd95_mm_WT"] == 0
     assert rows["BraTS2021_00001"]["hd95_mm_WT"] == 1
+    borders_mm = [row["border_mm_WT"] for row in rows.values()]
+    assert borders_mm[0] == 0
+    mean_mm = np.mean(borders_mm)
+    told = f"The border of WT lies {abs(mean_mm):.2f} mm {'outside' if mean_mm > 0 else 'inside'} "
+    assert f"{told}the true one, in the mean over 3 cases" in text.read_text()
+    # Label maps without networks are not expected to reach any Dice.
+    assert not [name for name in rows["BraTS2021_00000"] if name.startswith("expected")]
 
     table = list(csv.DictReader((text.parent / "table1.csv").read_text().splitlines()))
     assert [line[""] for line in table] == ["Mean", "Std", "Median"]
@@ -203,6 +211,11 @@ def test_a_sweep_is_predicted_and_scored(
     assert list(rows_of(output / "cases.csv")) == tested
     # The tumour is all that is bright, so its outline is predicted without an error.
     assert {row["dice_WT"] for row in rows_of(output / "cases.csv").values()} == {1.0}
+    predicted = list(csv.DictReader((output / "predictions" / ROWS_NAME).open()))
+    for row, known in zip(rows_of(output / "cases.csv").values(), predicted, strict=True):
+        for region in ("WT", "TC", "ET"):
+            assert row[f"expected_{region}"] == float(known[f"expected_{region}"])
+            assert 0.5 < row[f"expected_{region}"] <= 1
     names = {path.name for path in output.iterdir()}
     assert {"table1.md", "table1.csv", THRESHOLDS_NAME, "predictions", "wandb"} <= names
     assert "Figure 5 is drawn on the MNI152 template of nilearn" in text.read_text()

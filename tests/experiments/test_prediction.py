@@ -1,5 +1,6 @@
 """From new cases to label maps on their own grid, with pictures; and what cannot be predicted."""
 
+import csv
 import gzip
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from datamodules.cases import Case
 from datamodules.nifti import description
 from errors import InputError
 from experiments import trained
-from experiments.prediction import MARK, SETTINGS_NAME, Predictor, predict_folder
+from experiments.prediction import MARK, ROWS_NAME, SETTINGS_NAME, Predictor, predict_folder
 from tests.conftest import ROOT, write_brats, write_image
 
 Compose = Callable[..., DictConfig]
@@ -72,6 +73,7 @@ def test_label_maps_lie_on_the_grid_of_the_case(bright: Path, tmp_path: Path, co
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         *(f"BraTS2021_0000{i}.{end}" for i in range(2) for end in ("nii.gz", "png")),
         SETTINGS_NAME,
+        ROWS_NAME,
     ]
     for case in sorted(new.iterdir()):
         reference = nib.load(case / f"{case.name}_t1.nii.gz")
@@ -101,6 +103,71 @@ def test_scores_are_printed_where_there_are_masks(bright: Path, tmp_path: Path, 
     new = write_brats(tmp_path / "new", cases=1)
     predict(bright, new, tmp_path / "out", pictures=False)
     assert "WT 1.000" in capsys.readouterr().out
+
+
+def rows_in(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / ROWS_NAME).open() as file:
+        return {row["case"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.process
+def test_each_case_has_a_row_of_volumes_and_of_what_is_expected(
+    bright: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """All mirror images of this network are alike, so that it agrees with itself: Σp² / Σp."""
+    new, out = write_brats(tmp_path / "new", cases=2), tmp_path / "out"
+    for path in new.rglob("*.nii.gz"):
+        image = nib.load(path)
+        voxels = np.asanyarray(image.dataobj)
+        nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1, -1, 1])), path)
+    next(new.rglob("*00001_t1.nii.gz")).unlink()
+    predict(bright, new, out, pictures=False, probabilities=True, flips=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    rows = rows_in(out)
+    assert list(rows) == ["BraTS2021_00000", "BraTS2021_00001"]
+    assert [row["missing"] for row in rows.values()] == ["", "t1"]
+    for name, row in rows.items():
+        labels = np.asanyarray(nib.load(out / f"{name}.nii.gz").dataobj)
+        found = np.asanyarray(nib.load(out / f"{name}_probabilities.nii.gz").dataobj)
+        assert float(row["seconds"]) > 0
+        for channel, (region, own) in enumerate({"WT": (1, 2, 4), "TC": (1, 4), "ET": 4}.items()):
+            assert float(row[f"volume_mm3_{region}"]) == np.isin(labels, own).sum() > 0
+            p = found[..., channel].astype(float)
+            expected = (p**2).sum() / p.sum()
+            assert float(row[f"expected_{region}"]) == pytest.approx(expected, abs=0.003)
+        assert f"expected Dice WT {float(row['expected_WT']):.2f}" in printed
+
+
+@pytest.mark.process
+def test_rows_are_kept_with_their_label_maps_and_one_estimate_expects_nothing(
+    bright: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    new, out = write_brats(tmp_path / "new", cases=3), tmp_path / "out"
+    predict(bright, new, out, pictures=False)
+    assert "expected" not in capsys.readouterr().out
+    before = rows_in(out)
+    assert {row["expected_WT"] for row in before.values()} == {"nan"}
+    # Of three cases, one lacks its label map, one its row, and both are predicted anew.
+    (out / "BraTS2021_00000.nii.gz").unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+    lines = (out / ROWS_NAME).read_text().splitlines(keepends=True)
+    (out / ROWS_NAME).write_text("".join(line for line in lines if "_00001" not in line))
+    predict(bright, new, out, pictures=False)
+    rows = rows_in(out)
+    assert list(rows) == list(before)
+    assert rows["BraTS2021_00002"] == before["BraTS2021_00002"]
+    times = [{**row, "seconds": ""} for row in (*rows.values(), *before.values())]
+    assert times[:3] == times[3:]
+    anew = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns > stamp]
+    assert [path.name for path in anew] == ["BraTS2021_00001.nii.gz"]
+    # A case that fails keeps no row of earlier scans.
+    broken = next(new.rglob("*00001_t2.nii.gz"))
+    broken.write_bytes(broken.read_bytes()[:200])
+    assert predict(bright, new, out, pictures=False) == ["BraTS2021_00001"]
+    assert list(rows_in(out)) == ["BraTS2021_00000", "BraTS2021_00002"]
+    # Other thresholds: the rows are theirs, of the same cases.
+    predict(bright, new, out, pictures=False, thresholds=0.9, again=True)
+    assert list(rows_in(out)) == ["BraTS2021_00000", "BraTS2021_00002"]
 
 
 def rewrite_et(folder: Path, label: int) -> None:
@@ -235,6 +302,10 @@ def test_files_of_the_user_are_neither_kept_nor_replaced(bright: Path, tmp_path:
             predict(bright, new, out, pictures=False, again=again)
     assert own.read_bytes() == content
     assert [path.name for path in out.iterdir()] == [own.name]
+    table = own.rename(out / ROWS_NAME)
+    with pytest.raises(InputError, match=f"^{table}: expected no file, or one that predict.py"):
+        predict(bright, new, out, pictures=False, again=True)
+    assert table.read_bytes() == content
 
 
 @pytest.mark.process

@@ -46,7 +46,7 @@ class CaseRows:
         reader = csv.DictReader(self.path.read_text(errors="replace").splitlines())
         if list(reader.fieldnames or []) != list(self.columns):
             return {}
-        return {row["case"]: row for row in reader if None not in {*row, *row.values()}}
+        return {row["case"]: row for row in reader if None not in row and None not in row.values()}
 
     def put(self, row: Mapping[str, object]) -> None:
         """Add the row of a case, or replace it."""

@@ -157,9 +157,9 @@ def draw(scored: Mapping[str, Sequence[Scored]], path: Path) -> None:
     """Draw the Dice of each case over what was expected of it, a panel for each region."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(scored), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(scored), squeeze=False)[0]
     names = sorted({case.evaluation for cases in scored.values() for case in cases})
+    figure = Figure(figsize=(4 * len(scored), 5 + 0.25 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(scored), squeeze=False)[0]
     for ax, (region, cases) in zip(panels, scored.items(), strict=True):
         for name in names:
             own = [case for case in cases if case.evaluation == name]
@@ -170,8 +170,7 @@ def draw(scored: Mapping[str, Sequence[Scored]], path: Path) -> None:
         ax.set(title=region, xlabel="expected Dice", xlim=(0, 1), ylim=(0, 1), aspect="equal")
         ax.grid(alpha=0.3)
     panels[0].set_ylabel("Dice")
-    if len(names) > 1:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=120)
 
 

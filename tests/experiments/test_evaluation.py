@@ -211,7 +211,8 @@ def test_a_sweep_is_predicted_and_scored(
     assert list(rows_of(output / "cases.csv")) == tested
     # The tumour is all that is bright, so its outline is predicted without an error.
     assert {row["dice_WT"] for row in rows_of(output / "cases.csv").values()} == {1.0}
-    predicted = list(csv.DictReader((output / "predictions" / ROWS_NAME).open()))
+    lines = (output / "predictions" / ROWS_NAME).read_text().splitlines()
+    predicted = list(csv.DictReader(lines))
     for row, known in zip(rows_of(output / "cases.csv").values(), predicted, strict=True):
         for region in ("WT", "TC", "ET"):
             assert row[f"expected_{region}"] == float(known[f"expected_{region}"])

@@ -1,6 +1,6 @@
-"""Write the networks of finished runs as weights that come with the repository.
+"""Write the networks of finished runs as weights to pass on: no run, no folders, no code.
 
-    python -m experiments.weights runs/real_scans weights/glioma
+    python -m experiments.weights runs/frey2019 FOLDER
 
 Each file of safetensors holds one network with its configuration; `predict.py checkpoint=FOLDER`
 averages those of a folder.

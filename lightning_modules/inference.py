@@ -451,8 +451,8 @@ class Averaged(NamedTuple):
         probabilities: (B, R, X, Y, Z) float32, their mean; 0 where there is no candidate.
         agreement: (B, R) float32, the Dice of one estimate with another among the candidates, over
             all pairs of estimates: of probabilities p and q, as they are, it is 2 Σpq / Σ(p + q).
-            NaN for one estimate alone. Dice of masks would say less of the Dice with the truth:
-            mirror images of one network differ in their probabilities and hardly in their masks.
+            NaN for one estimate alone. It knows nothing of the truth: estimates that err alike
+            agree.
     """
 
     probabilities: Tensor

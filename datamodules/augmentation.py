@@ -5,9 +5,10 @@ that cuts a patch out of its volume; appearance and intensities are changed on t
 batch. So the loader only draws them, with the same random numbers as TorchIO.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torchio as tio
@@ -72,7 +73,41 @@ def change_intensities(image: Tensor, scale_and_shift: Tensor) -> Tensor:
     return image.mul_(scale).addcmul_(foreground, shift)
 
 
-class RandomIntensity(RandomTransform, IntensityTransform):
+class _OfModalities(RandomTransform, IntensityTransform):
+    """What changes the modalities of a patch, each by a draw of its own; masks stay.
+
+    Args:
+        modalities: Number of modalities, see `modality_of_channels`.
+        extras: Further channels of the cache.
+        mirrored: The channels of the opposite hemisphere follow.
+        copy: Leave the subject that is passed as it is, and change a copy.
+    """
+
+    def __init__(
+        self, modalities: int, extras: Mapping[str, Extra], mirrored: bool, copy: bool
+    ) -> None:
+        super().__init__(copy=copy)
+        self.modalities = modalities
+        self.modality_of_channels = modality_of_channels(modalities, extras, mirrored)
+
+    def apply_transform(self, subject: tio.Subject) -> tio.Subject:
+        """Change every image (C, X, Y, Z), float32, of a subject by the same draw."""
+        drawn = self.draw()
+        for image in self.get_images(subject):
+            self.change(image.data, drawn)
+        return subject
+
+    @abstractmethod
+    def draw(self) -> Any:  # noqa: ANN401  (each kind draws its own)
+        """Draw what changes in the channels of a patch."""
+
+    @staticmethod
+    @abstractmethod
+    def change(image: Tensor, drawn: Any, /) -> object:  # noqa: ANN401
+        """Change an image (C, X, Y, Z), float32, in place, as drawn."""
+
+
+class RandomIntensity(_OfModalities):
     """Scale and shift the intensities of each modality at random (Myronenko 2018).
 
     A voxel of value v becomes `scale * v + shift`, with one draw of both for each modality of a
@@ -102,7 +137,7 @@ class RandomIntensity(RandomTransform, IntensityTransform):
         mirrored: bool = False,
         copy: bool = True,
     ) -> None:
-        super().__init__(copy=copy)
+        super().__init__(modalities, extras, mirrored, copy)
         (least_scale, most_scale), (least_shift, most_shift) = scale, shift
         if not 0 < least_scale <= most_scale:
             raise InputError(f"scale: expected 0 < low <= high, found {least_scale}, {most_scale}")
@@ -110,15 +145,8 @@ class RandomIntensity(RandomTransform, IntensityTransform):
             raise InputError(f"shift: expected low <= high, found {least_shift}, {most_shift}")
         self.scale = (least_scale, most_scale)
         self.shift = (least_shift, most_shift)
-        self.modalities = modalities
-        self.modality_of_channels = modality_of_channels(modalities, extras, mirrored)
 
-    def apply_transform(self, subject: tio.Subject) -> tio.Subject:
-        """Change every image (C, X, Y, Z), float32, of a subject; its label maps stay."""
-        scale_and_shift = self.draw()
-        for image in self.get_images(subject):
-            change_intensities(image.data, scale_and_shift)
-        return subject
+    change = staticmethod(change_intensities)
 
     def draw(self) -> Tensor:
         """Draw the scale and the shift of each channel, (C, 2), float32."""
@@ -132,7 +160,7 @@ class RandomIntensity(RandomTransform, IntensityTransform):
         )
 
 
-class RandomAppearance(RandomTransform, IntensityTransform):
+class RandomAppearance(_OfModalities):
     """Change how the modalities of each image look, see `datamodules.appearance`.
 
     Args:
@@ -154,19 +182,12 @@ class RandomAppearance(RandomTransform, IntensityTransform):
         mirrored: bool = False,
         copy: bool = True,
     ) -> None:
-        super().__init__(copy=copy)
+        super().__init__(modalities, extras, mirrored, copy)
         if len({type(part) for part in parts.values()}) < len(parts):
             raise InputError(f"parts: expected each kind once, found {', '.join(parts)}")
         self.parts = parts
-        self.modalities = modalities
-        self.modality_of_channels = modality_of_channels(modalities, extras, mirrored)
 
-    def apply_transform(self, subject: tio.Subject) -> tio.Subject:
-        """Change every image (C, X, Y, Z), float32, of a subject; its label maps stay."""
-        appearance = self.draw()
-        for image in self.get_images(subject):
-            change_appearance(image.data, appearance)
-        return subject
+    change = staticmethod(change_appearance)
 
     def draw(self) -> Appearance:
         """Draw what changes in the channels of a patch."""

@@ -17,6 +17,7 @@ from experiments.rules import refuse, shown
 
 Plain = dict[str, Any]  # a configuration as plain dictionaries, lists and values
 
+WEIGHTS_FOLDER = Path(__file__).parents[1] / "weights"  # networks that come with this repository
 REGIONS = {"BraTS": ("WT", "TC", "ET"), "Metastases": ("lesion",)}  # by the class of the data set
 REGIONS |= {"Phantoms": REGIONS["BraTS"], "MetastasisPhantoms": REGIONS["Metastases"]}
 
@@ -197,11 +198,16 @@ def check_folders(config: Plain) -> None:
     if "checkpoint" not in config:
         return
     detector, threshold = config.get("detector"), config.get("detector_threshold", "checkpoint")
-    for key, paths in (("checkpoint", config["checkpoint"]), ("detector", detector)):
+    checkpoint, weights = config["checkpoint"], config.get("weights")
+    if weights is not None:
+        if checkpoint:
+            refuse("weights", "null, as there is a checkpoint", weights)
+        checkpoint = str(WEIGHTS_FOLDER / weights)
+    for key, paths in (("checkpoint", checkpoint), ("detector", detector)):
         if paths is None or config.get("predictions") is not None:
             continue
         if not paths:
-            refuse(key, "one or more", "none")
+            refuse(key, "one or more, or weights=glioma", "none")
         for path in [paths] if isinstance(paths, str) else paths:
             if not Path(path).exists():
                 refuse(key, "a file or the folder of a run", f"nothing at {path}")

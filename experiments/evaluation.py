@@ -18,7 +18,7 @@ from experiments.frey2019 import write_report
 from experiments.operating_point import Candidates, OperatingPoint
 from experiments.prediction import Predictor, checkpoints_of
 from experiments.run import RunFolder
-from experiments.trained import find_checkpoints
+from experiments.trained import find_checkpoints, networks_of
 from lightning_modules.checkpoint import check_unseen
 from lightning_modules.metrics.regions import CONVENTIONS
 
@@ -61,7 +61,7 @@ def evaluate(options: Mapping[str, Any]) -> Path:
         )
         predictor = trained.in_folder(Path(options["input"]), options["et_label"])
         data_set = predictor.data_set
-        cases = cases_of_part(predictor.cases(), options["cases"], options["checkpoint"])
+        cases = cases_of_part(predictor.cases(), options["cases"], networks_of(options))
         if options["cases"] not in LEARNED_FROM:
             identities = {case.name: identify(case.reference) for case in cases}
             for checkpoint in checkpoints_of(options):
@@ -100,7 +100,7 @@ def chosen_point(trained: Predictor, options: Mapping[str, Any]) -> OperatingPoi
         trained: The networks, with the data set that they were trained on.
         options: The values of conf/evaluate.yaml.
     """
-    tuning = cases_of_part(trained.data_set.cases(), options["tuned_on"], options["checkpoint"])
+    tuning = cases_of_part(trained.data_set.cases(), options["tuned_on"], networks_of(options))
     point = best_point(trained, tuning, options["least_volume"])
     point.write(Path(options["output"]) / THRESHOLDS_NAME, trained.networks)
     return point

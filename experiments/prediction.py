@@ -23,7 +23,7 @@ from experiments.cascade import Where, where_of
 from experiments.combinations import check_writable
 from experiments.operating_point import OperatingPoint
 from experiments.tables import CaseRows
-from experiments.trained import Trained, find_checkpoints
+from experiments.trained import Trained, find_checkpoints, networks_of
 from files import read_json, write_json, written_whole
 from lightning_modules.checkpoint import check_unseen
 from lightning_modules.memory import keep_freed
@@ -91,7 +91,7 @@ class Predictor:
             InputError: Checkpoints, thresholds or a precision that cannot be used.
         """
         keep_freed()
-        paths = find_checkpoints(options["checkpoint"])
+        paths = find_checkpoints(networks_of(options))
         precision = str(options["precision"])
         trained = Trained.load(paths, options["flips"], precision, options["device"])
         where = where_of(options, trained)
@@ -370,8 +370,8 @@ def predict_folder(options: Mapping[str, Any]) -> None:
 
 def checkpoints_of(options: Mapping[str, Any]) -> list[Path]:
     """List all checkpoints that conf/predict.yaml names, the detector's too."""
-    keys = [key for key in ("checkpoint", "detector") if options[key] is not None]
-    return [path for key in keys for path in find_checkpoints(options[key])]
+    named = [networks_of(options), options["detector"]]
+    return [path for paths in named if paths is not None for path in find_checkpoints(paths)]
 
 
 def warn_of_seen_cases(

@@ -33,6 +33,7 @@ from experiments.rules import (
 )
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
+FAMILIES = ("classic", "borders", "cores", "creeping", "swelling", "infiltrating")  # of phantoms
 CONVENTIONS = ("nan", "brats2020", "brats2023")
 PRECISIONS = ("32", "16", "bf16")
 PARTS = ("train", "validation", "test")
@@ -113,6 +114,7 @@ RULES: dict[str, Rule] = {
     "data.data_set.spacing_mm": number(0.5, 8),
     "data.data_set.seed": whole(0),
     "data.data_set.modalities": choice(*MODALITIES),
+    "data.data_set.families": choice(*FAMILIES),
     "data.data_set.regions": choice(*REGIONS["BraTS"], *REGIONS["Metastases"]),
     "data.cache.root": text,
     "data.cache.spacing_mm": positive,
@@ -210,6 +212,7 @@ RULES: dict[str, Rule] = {
     "report.margin.*": positive,
     "report.alpha": share_inside,
     # predict.py and evaluate.py.
+    "weights": one_of("glioma", "metastases", None),
     "checkpoint": checkpoints,
     "input": text,
     "output": text,

@@ -13,12 +13,19 @@ from datamodules.cases import Case, DataSet
 from datamodules.preprocessing import Preprocessing, Volume
 from datamodules.sampling import Cut, whole
 from errors import InputError
+from experiments.combinations import WEIGHTS_FOLDER
 from experiments.run import finished_runs
 from lightning_modules.checkpoint import WEIGHTS, build, fingerprint, load_ensemble
 from lightning_modules.inference import Ensemble
 from lightning_modules.segmentation import SegmentationModule
 
 PRECISIONS = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+
+
+def networks_of(options: Mapping[str, Any]) -> str | Path | Sequence[str | Path]:
+    """Return the checkpoints that conf/predict.yaml names, or the folder of its weights."""
+    weights = options["weights"]
+    return options["checkpoint"] if weights is None else WEIGHTS_FOLDER / weights
 
 
 def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:

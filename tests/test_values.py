@@ -419,6 +419,7 @@ def test_every_option_passes_and_every_key_has_a_rule_or_is_free():
 
 def test_names_are_those_that_the_code_has():
     assert tuple(datamodules.brats.ENDINGS) == schema.MODALITIES
+    assert tuple(datamodules.phantom.FAMILIES) == schema.FAMILIES
     assert tuple(datamodules.brats.REGIONS) == combinations.REGIONS["BraTS"]
     assert combinations.REGIONS["Metastases"] == datamodules.metastases.REGIONS
     assert set(lightning_modules.metrics.regions.CONVENTIONS) == set(schema.CONVENTIONS)

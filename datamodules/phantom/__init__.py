@@ -13,10 +13,12 @@ the field of view. Only `patient` knows how a file is oriented.
 """
 
 from datamodules.phantom.data_sets import MetastasisPhantoms, Phantoms, write_phantoms
+from datamodules.phantom.families import FAMILIES
 from datamodules.phantom.patient import Phantom, make_phantom
 from datamodules.phantom.ranges import LARGEST_METASTASIS_MM, MODALITIES, MOST_METASTASES
 
 __all__ = [
+    "FAMILIES",
     "LARGEST_METASTASIS_MM",
     "MODALITIES",
     "MOST_METASTASES",

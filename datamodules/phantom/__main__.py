@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datamodules.phantom.data_sets import write_phantoms
-from datamodules.phantom.pathology import KINDS
+from datamodules.phantom.families import FAMILIES, KINDS
 from datamodules.phantom.ranges import MODALITIES
 from errors import InputError
 
@@ -24,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--modalities", nargs="+", default=MODALITIES, choices=MODALITIES, help="default: all"
     )
+    parser.add_argument(
+        "--families", nargs="+", default=["classic"], choices=FAMILIES, help="default: classic"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
     options = parser.parse_args(arguments)
@@ -35,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
             kind=options.kind,
             modalities=options.modalities,
+            families=options.families,
             workers=options.workers,
         )
     except InputError as error:

@@ -156,7 +156,7 @@ def healthy_tissue(random: RandomStreams, geometry: Geometry, grid: Grid) -> Tis
 
     sulcus_depth_mm = 3 * random.smooth_field("sulcus depth", 20.0, grid)
     sulcus_depth_mm += random.draw("sulcus_depth_mm")
-    shallow = sigmoid((sulcus_depth_mm - depth_mm) / 1.5)
+    shallow = random.laws.folding * sigmoid((sulcus_depth_mm - depth_mm) / 1.5)
     cortex_mm = random.draw("cortex_mm") + 0.4 * random.smooth_field("cortex", 6.0, grid)
     ribbon = np.clip((np.minimum(sulcus_mm, depth_mm) - cortex_mm) / 2, -1, 1)
     years = years_from_middle_age(random)

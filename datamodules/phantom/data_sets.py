@@ -11,8 +11,9 @@ from datamodules.brats import BraTS
 from datamodules.cases import Case, check_choice
 from datamodules.metastases import Metastases
 from datamodules.nifti import PATIENT
+from datamodules.phantom.families import FAMILIES, KINDS
 from datamodules.phantom.fields import RandomStreams
-from datamodules.phantom.pathology import KINDS, draw_grade
+from datamodules.phantom.gliomas import draw_grade
 from datamodules.phantom.patient import VERSION, make_phantom
 from datamodules.phantom.ranges import MODALITIES
 from errors import InputError
@@ -26,6 +27,11 @@ class _Settings(NamedTuple):
     spacing_mm: float
     kind: str
     modalities: Sequence[str]
+    families: Sequence[str]
+
+    def family(self, index: int) -> str:
+        """Return the family of a case: they take turns."""
+        return self.families[index % len(self.families)]
 
 
 def write_phantoms(
@@ -36,6 +42,7 @@ def write_phantoms(
     seed: int,
     kind: str = "glioma",
     modalities: Sequence[str] = MODALITIES,
+    families: Sequence[str] = ("classic",),
     workers: int | None = None,
 ) -> None:
     """Write the first `count` phantoms of a seed.
@@ -53,6 +60,7 @@ def write_phantoms(
         seed: Seed of the data set.
         kind: "glioma" or "metastases".
         modalities: Which images to write.
+        families: Keys of `FAMILIES`, which take turns from case to case.
         workers: Number of processes; by default, one per core.
 
     Raises:
@@ -67,8 +75,9 @@ def write_phantoms(
     if kind not in KINDS:
         raise InputError(f"kind: expected one of {', '.join(KINDS)}, found {kind}")
     check_choice("modalities", modalities, MODALITIES)
+    check_choice("families", families, tuple(FAMILIES))
     root = Path(root)
-    settings = _Settings(seed, float(spacing_mm), kind, sorted(modalities))
+    settings = _Settings(seed, float(spacing_mm), kind, sorted(modalities), list(families))
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".phantoms.lock"):
         _check_settings(root / "phantoms.json", {"version": VERSION, **settings._asdict()})
@@ -120,7 +129,9 @@ def case_name(index: int) -> str:
 
 def _case_folder(root: Path, settings: _Settings, index: int) -> Path:
     """Return the folder of a case, which for gliomas lies in the folder of its grade."""
-    grade = draw_grade(RandomStreams(settings.seed, index)) if settings.kind == "glioma" else ""
+    laws = FAMILIES[settings.family(index)].laws
+    random = RandomStreams(settings.seed, index, laws)
+    grade = draw_grade(random) if settings.kind == "glioma" else ""
     return root / grade / case_name(index)
 
 
@@ -129,8 +140,8 @@ def _write_case(root: Path, settings: _Settings, index: int) -> None:
     import nibabel as nib
 
     folder = _case_folder(root, settings, index)
-    seed, spacing_mm, kind, modalities = settings
-    phantom = make_phantom(seed, index, spacing_mm, kind, modalities)
+    seed, spacing_mm, kind, modalities, _ = settings
+    phantom = make_phantom(seed, index, spacing_mm, kind, modalities, settings.family(index))
     with written_whole(folder) as partial:
         partial.mkdir()
         for name, volume in {**phantom.images, "seg": phantom.labels}.items():
@@ -149,6 +160,7 @@ class _WrittenOnFirstUse:
         count: How many cases the data set has; if the folder holds more, the first ones.
         spacing_mm: Edge of a voxel.
         seed: Seed of the data set.
+        families: Keys of `FAMILIES`, which take turns from case to case.
         choices: What else the data set class takes, such as `modalities`.
     """
 
@@ -160,12 +172,14 @@ class _WrittenOnFirstUse:
         count: int,
         spacing_mm: float,
         seed: int = 0,
+        families: Sequence[str] = ("classic",),
         **choices: Sequence[str],
     ) -> None:
         super().__init__(root, **choices)  # pyright: ignore[reportCallIssue]
         self.count = count
         self.spacing_mm = spacing_mm
         self.seed = seed
+        self.families = families
 
     def cases(self) -> list[Case]:
         """Return the first `count` cases, sorted by name."""
@@ -179,6 +193,7 @@ class _WrittenOnFirstUse:
             seed=self.seed,
             kind=kind,
             modalities=modalities,
+            families=self.families,
         )
 
 
@@ -190,6 +205,7 @@ class Phantoms(_WrittenOnFirstUse, BraTS):
         count: How many cases the data set has; if the folder holds more, the first ones.
         spacing_mm: Edge of a voxel.
         seed: Seed of the data set, 0 by default.
+        families: Keys of `FAMILIES`, which take turns from case to case; `classic` by default.
         choices: `modalities` and `regions`, see `BraTS`.
     """
 
@@ -206,6 +222,7 @@ class MetastasisPhantoms(_WrittenOnFirstUse, Metastases):
         count: How many cases the data set has; if the folder holds more, the first ones.
         spacing_mm: Edge of a voxel.
         seed: Seed of the data set, 0 by default.
+        families: Keys of `FAMILIES`, which take turns from case to case; `classic` by default.
         choices: `modalities`, see `Metastases`; only these are written.
     """
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datamodules.phantom.ranges import CHANCES, FIELD_OF_VIEW_MM, RANGES
+from datamodules.phantom.ranges import CLASSIC, FIELD_OF_VIEW_MM, Laws
 from grids import bounding_box
 
 SPLINE_SD = 0.479**1.5  # standard deviation of a 3-D cubic B-spline over white noise
@@ -99,10 +99,11 @@ class RandomStreams:
     Args:
         seed: Seed of the data set.
         index: Index of the case in the data set.
+        laws: What is drawn from.
     """
 
-    def __init__(self, seed: int, index: int) -> None:
-        self.seed, self.index = seed, index
+    def __init__(self, seed: int, index: int, laws: Laws = CLASSIC) -> None:
+        self.seed, self.index, self.laws = seed, index, laws
         self._controls: dict[str, np.ndarray] = {}
 
     def generator(self, step: str) -> np.random.Generator:
@@ -110,16 +111,28 @@ class RandomStreams:
         return np.random.default_rng([self.seed, self.index, zlib.crc32(step.encode())])
 
     def draw(self, name: str, item: str = "") -> float:
-        """Draw a value from `RANGES[name]`; each `item`, such as a modality, has its own."""
-        return float(draw_triangular(self.generator(f"{name} {item}"), RANGES[name]))
+        """Draw a value from the range of a name; each `item`, such as a modality, has its own."""
+        return float(draw_triangular(self.generator(f"{name} {item}"), self.laws.ranges[name]))
 
     def draw_per_axis(self, name: str, item: str = "") -> np.ndarray:
-        """Draw three values (3,) from `RANGES[name]`, one for each axis."""
-        return draw_triangular(self.generator(f"{name} {item}"), RANGES[name], size=3)
+        """Draw three values (3,) from the range of a name, one for each axis."""
+        return draw_triangular(self.generator(f"{name} {item}"), self.laws.ranges[name], size=3)
 
     def has(self, name: str) -> bool:
-        """Decide whether the case has a property, with the probability `CHANCES[name]`."""
-        return self.generator(name).random() < CHANCES[name]
+        """Decide whether the case has a property, with the probability of its name."""
+        return self.generator(name).random() < self.laws.chances[name]
+
+    def fractal_field(self, step: str, length_mm: float, grid: Grid) -> np.ndarray:
+        """Draw a random field (X, Y, Z) of mean 0 and variance 1, smooth and fine at once.
+
+        Three smooth fields are added up, each with half the length and half the amplitude of the
+        one before.
+        """
+        field = sum(
+            self.smooth_field(f"{step} {octave}", length_mm / 2**octave, grid) / 2**octave
+            for octave in range(3)
+        )
+        return np.asarray(field) / np.sqrt(1 + 1 / 4 + 1 / 16)
 
     def smooth_field(self, step: str, length_mm: float, grid: Grid) -> np.ndarray:
         """Draw a smooth random field (X, Y, Z) of mean 0 and variance 1.
@@ -147,6 +160,8 @@ def draw_triangular(
     both ends of a range occur, but seldom, and seldom together with those of other ranges.
     """
     low, high = limits
+    if low == high:
+        return np.full(size or (), low)
     return np.asarray(generator.triangular(low, (low + high) / 2, high, size))
 
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from datamodules.phantom.anatomy import build_geometry, healthy_tissue, ventricles
+from datamodules.phantom.families import FAMILIES
 from datamodules.phantom.fields import Grid, RandomStreams, interpolate
-from datamodules.phantom.pathology import KINDS, Pathology
+from datamodules.phantom.pathology import Pathology, PathologyMaps
 from datamodules.phantom.ranges import FIELD_OF_VIEW_MM, MODALITIES
 from datamodules.phantom.scanner import (
     acquire,
@@ -44,6 +45,7 @@ def make_phantom(
     spacing_mm: float,
     kind: str = "glioma",
     modalities: Sequence[str] = MODALITIES,
+    family: str = "classic",
 ) -> Phantom:
     """Make one phantom.
 
@@ -53,12 +55,14 @@ def make_phantom(
         spacing_mm: Edge of a voxel; 1 gives the grid of BraTS, 240 x 240 x 155.
         kind: "glioma" or "metastases".
         modalities: Which images to make; one image does not depend on which others are made.
+        family: A key of `FAMILIES`.
     """
     from threadpoolctl import threadpool_limits
 
     # Sums over several threads are rounded differently, and there is one process per core already.
     with threadpool_limits(1):
-        return _make_phantom(RandomStreams(seed, index), spacing_mm, KINDS[kind], modalities)
+        laws, kinds = FAMILIES[family]
+        return _make_phantom(RandomStreams(seed, index, laws), spacing_mm, kinds[kind], modalities)
 
 
 def _make_phantom(
@@ -74,17 +78,20 @@ def _make_phantom(
 
     grid = geometry.coarse.resized(spacing_mm)
     ideal = {modality: np.empty(grid.shape, np.float32) for modality in modalities}
-    labels, mask = np.empty(grid.shape, np.uint8), np.empty(grid.shape, bool)
+    mask = np.empty(grid.shape, bool)
+    whole_maps = PathologyMaps(*np.empty((len(PathologyMaps._fields), *grid.shape), np.float32))
     for rows, slab in grid.slabs():
         tissue = healthy_tissue(random, geometry, slab)
         pathology_maps = pathology.maps(geometry, tissue, slab)
         mask[rows] = draw_brain_mask(random, tissue, slab)
-        labels[rows] = pathology.labels(pathology_maps) * mask[rows]
+        for whole, part in zip(whole_maps, pathology_maps, strict=True):
+            whole[rows] = part
         slab_ventricles = interpolate(coarse_ventricles, geometry.coarse, slab)
         maps = class_maps(random, tissue, pathology_maps, slab_ventricles, slab)
         for modality, image in ideal.items():
             image[rows] = ideal_image(random, modality, maps, slab)
 
+    labels = pathology.labels(whole_maps, grid) * mask
     ras = random.has("ras")
     images = {}
     for modality in modalities:

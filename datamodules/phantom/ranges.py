@@ -1,7 +1,13 @@
 """The numbers that phantoms are drawn from: contrasts, textures, sizes and probabilities.
 
-Ranges are (lowest, highest). They are wide enough to contain real scans.
+Ranges are (lowest, highest). They are wide enough to contain real scans. The constants are the laws
+of the family `classic`; the laws of the others (`families`) say what differs from them.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+Range = tuple[float, float]
 
 FIELD_OF_VIEW_MM = (240.0, 240.0, 155.0)
 MODALITIES = ("t1", "t1ce", "t2", "flair")
@@ -66,11 +72,18 @@ RANGES = {
     "oedema_ratio_lgg": (0.3, 2.2),
     "push_mm": (0.0, 7.0),  # mass effect at the border of the core
     "push_reach_mm": (15.0, 35.0),
+    "grey_through": (0.12, 0.12),  # share of white matter's oedema that gets into grey matter
+    "grey_ease": (0.15, 0.15),  # and how early it does, relative to white matter
+    "oedema_edge": (0.25, 0.25),  # softness of its border, in units of its score
+    "core_over_oedema": (0.92, 1.1),  # intensity of an isointense core, relative to oedema
+    "blood": (0.4, 1.6),  # intensity, in each modality its own: it changes with its age
     "metastasis_rim_mm": (1.2, 3.0),
     "metastasis_oedema": (0.5, 2.0),  # how far it reaches beyond the border, in radii
     # image formation
     "noise": (0.007, 0.04),  # relative to white matter
     "bias": (0.01, 0.16),  # standard deviation of the logarithm of the bias field
+    "regional": (0.0, 0.0),  # the same, of what differs from region to region, whatever the coil
+    "glow": (0.0, 0.3),  # of what glows on FLAIR, in units of white matter
     "misregistration_mm": (0.0, 0.6),  # per axis
     "slice_mm": (3.0, 6.0),
     "blur_mm": (0.0, 0.7),
@@ -109,8 +122,11 @@ CHANCES = {
     "enhancing_lgg": 0.65,
     "enhancing_hgg": 0.995,
     "cyst": 0.2,
+    "isointense_core": 0.0,  # a core that looks like oedema, but for what enhances
+    "cortical": 0.0,  # the tumour starts between grey and white matter, not deep in the white
     "multifocal": 0.2,
     "hyperintensities": 0.3,  # small, in healthy white matter; not labelled
+    "glow": 0.0,  # of healthy brainstem, thalamus and limbic cortex on FLAIR; not labelled
     "cut_field_of_view": 0.1,
     "ringing": 0.35,  # spline resampling: overshoot, negative voxels
     "tenfold_modality": 0.15,  # one modality has ten times the intensities of the others
@@ -120,9 +136,72 @@ CHANCES = {
 # Share of the cases whose modality is acquired in thick slices.
 THICK_SLICES = {"t1": 0.25, "t1ce": 0.15, "t2": 0.45, "flair": 0.45}
 
+# Healthy tissue that is often brighter than the rest on FLAIR (Hirai et al. 2000, "Limbic lobe of
+# the human brain: evaluation with turbo FLAIR MR imaging"): MNI position on the right, and extent
+# along each axis, in mm. `GLOW` is its brightness in a modality, relative to that on FLAIR.
+GLOWING_MM = (
+    ((0.0, -28.0, -25.0), (11.0, 11.0, 18.0)),  # brainstem
+    ((12.0, -18.0, 8.0), (8.0, 11.0, 8.0)),  # thalamus
+    ((38.0, 2.0, 2.0), (7.0, 18.0, 12.0)),  # insula
+    ((26.0, -20.0, -15.0), (8.0, 16.0, 8.0)),  # hippocampus and amygdala
+    ((4.0, 12.0, 28.0), (7.0, 26.0, 12.0)),  # cingulate cortex
+)
+GLOW = {"t1": 0.0, "t1ce": 0.0, "t2": 0.7, "flair": 1.0}
+
 # The number of metastases follows a gamma distribution, rounded down: about one case in twelve has
 # none, and the median is 4. Their radius is log-normal.
 METASTASES_SHAPE, METASTASES_SCALE, MOST_METASTASES = 1.6, 3.4, 12
 METASTASIS_RADIUS_MM, METASTASIS_LOG_SD = 2.8, 0.5
 LEAST_METASTASIS_MM, LARGEST_METASTASIS_MM = 1.5, 12.0
 RING_FROM_MM = 4.5  # radius above which a metastasis may have a necrotic centre and oedema
+
+
+@dataclass(frozen=True)
+class Laws:
+    """What the phantoms of one family are drawn from.
+
+    Attributes:
+        contrast, texture, ranges, chances, thick_slices: See the constants of this module.
+        folding: Weight of random sulci, 0 to 1; without them, the cortex is the average of 152.
+    """
+
+    contrast: Mapping[str, tuple[Range, ...]]
+    texture: Mapping[str, Range]
+    ranges: Mapping[str, Range]
+    chances: Mapping[str, float]
+    thick_slices: Mapping[str, float]
+    folding: float = 1.0
+
+    def but(
+        self,
+        *,
+        contrast: Mapping[str, tuple[Range, ...]] | None = None,
+        ranges: Mapping[str, Range] | None = None,
+        chances: Mapping[str, float] | None = None,
+        folding: float | None = None,
+    ) -> "Laws":
+        """Return laws of which some numbers differ."""
+        return replace(
+            self,
+            contrast={**self.contrast, **(contrast or {})},
+            ranges={**self.ranges, **(ranges or {})},
+            chances={**self.chances, **(chances or {})},
+            folding=self.folding if folding is None else folding,
+        )
+
+    def widened(self, share: float) -> "Laws":
+        """Return laws whose contrasts reach further, at both ends by a share of what they span."""
+
+        def wider(limits: Range) -> Range:
+            low, high = limits
+            return low - share * (high - low), high + share * (high - low)
+
+        return replace(
+            self,
+            contrast={
+                name: tuple(map(wider, by_modality)) for name, by_modality in self.contrast.items()
+            },
+        )
+
+
+CLASSIC = Laws(CONTRAST, TEXTURE, RANGES, CHANCES, THICK_SLICES)

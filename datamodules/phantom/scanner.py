@@ -5,7 +5,7 @@ import numpy as np
 from datamodules.phantom.anatomy import Tissue
 from datamodules.phantom.fields import Grid, RandomStreams, draw_triangular, sigmoid
 from datamodules.phantom.pathology import PathologyMaps
-from datamodules.phantom.ranges import CONTRAST, MODALITIES, TEXTURE, THICK_SLICES
+from datamodules.phantom.ranges import GLOW, GLOWING_MM, MODALITIES
 
 
 def class_maps(
@@ -27,7 +27,7 @@ def class_maps(
     vessel, plexus, bright = _unlabelled_structures(random, tissue, ventricles, grid)
     outside = 1 - pathology.core
     healthy = (outside - pathology.oedema) * (1 - vessel) * (1 - plexus)
-    core = pathology.core - pathology.enhancing
+    solid = pathology.core - pathology.enhancing - pathology.fluid - pathology.blood
     coarse = random.smooth_field("coarse texture", 14.0, grid)
     fine = random.smooth_field("fine texture", 4.0, grid)
     return {
@@ -35,9 +35,12 @@ def class_maps(
         "gm": healthy * tissue.grey,
         "csf": healthy * tissue.csf,
         "bright": healthy * bright,
+        "glow": healthy * _glow(random, tissue),
         "oedema": pathology.oedema,
-        "core": core,
+        "core": solid,
         "enhancing": pathology.enhancing,
+        "cyst": pathology.fluid,
+        "blood": pathology.blood,
         "vessel": (outside - pathology.oedema) * vessel,
         "plexus": (outside - pathology.oedema) * (1 - vessel) * plexus,
         "healthy, coarse": healthy * coarse,
@@ -72,6 +75,25 @@ def _unlabelled_structures(
     )
 
 
+def _glow(random: RandomStreams, tissue: Tissue) -> np.ndarray:
+    """Return how much healthy tissue glows (X, Y, Z), 0 to 1, each structure as much as drawn."""
+    glow = np.zeros_like(tissue.white)
+    if not random.has("glow"):
+        return glow
+    generator = random.generator("glowing")
+    for centre_mm, extent_mm in GLOWING_MM:
+        strength = np.float32(generator.random())
+        for side in (-1, 1) if centre_mm[0] else (1,):
+            square = sum(
+                np.square((axis_mm - np.float32(factor * middle_mm)) / np.float32(size_mm))
+                for axis_mm, factor, middle_mm, size_mm in zip(
+                    tissue.mni_mm, (side, 1, 1), centre_mm, extent_mm, strict=True
+                )
+            )
+            glow = np.maximum(glow, strength * np.exp(-square / 2))
+    return glow * (1 - tissue.csf)
+
+
 def ideal_image(
     random: RandomStreams, modality: str, maps: dict[str, np.ndarray], grid: Grid
 ) -> np.ndarray:
@@ -84,6 +106,8 @@ def ideal_image(
     for name, volume in maps.items():
         image += weights[name] * volume
     bias = random.draw("bias", modality) * random.smooth_field(f"bias {modality}", 70.0, grid)
+    regional = random.draw("regional", modality)
+    bias += regional * random.smooth_field(f"regional {modality}", 30.0, grid)
     return image * np.exp(bias)
 
 
@@ -92,13 +116,17 @@ def _draw_intensities(random: RandomStreams, modality: str) -> dict[str, float]:
     generator = random.generator(f"contrast {modality}")
     column = MODALITIES.index(modality)
     weights = {
-        name: float(draw_triangular(generator, ranges[column])) for name, ranges in CONTRAST.items()
+        name: float(draw_triangular(generator, ranges[column]))
+        for name, ranges in random.laws.contrast.items()
     }
-    cyst = weights.pop("cyst")
+    if random.has("isointense_core"):
+        weights["core"] = weights["oedema"] * random.draw("core_over_oedema", modality)
     if random.has("cyst"):
-        weights["core"] = cyst
+        weights["core"] = weights["cyst"]
+    weights["glow"] = GLOW[modality] * random.draw("glow")
+    weights["blood"] = random.draw("blood", modality)
     weights["white"] = 1.0
-    for name, limits in TEXTURE.items():
+    for name, limits in random.laws.texture.items():
         weights[name] = float(generator.choice([-1, 1]) * draw_triangular(generator, limits))
     return weights
 
@@ -112,7 +140,7 @@ def acquire(random: RandomStreams, modality: str, image: np.ndarray, grid: Grid)
 
     generator = random.generator(f"acquire {modality}")
     shift_mm = random.draw("misregistration_mm", modality) * generator.uniform(-1, 1, size=3)
-    thick = generator.random() < THICK_SLICES[modality]
+    thick = generator.random() < random.laws.thick_slices[modality]
     slice_axis = int(generator.choice(3, p=[0.15, 0.15, 0.7]))
     slice_mm = random.draw("slice_mm", modality)
     for axis in range(3):

@@ -126,10 +126,12 @@ def scores_of(maps: Path, folder: Path) -> list[dict[str, Any]]:
     """Compare predicted label maps with the truth.
 
     Returns:
-        For each case the voxels of each region in the truth and in the prediction, and its Dice.
+        For each case the voxels of each region in the truth and in the prediction, its Dice, and
+        how far the predicted border lies outside the true one, in mm.
     """
     from datamodules.brats import BraTS, BraTSMasks
     from experiments.frey2019 import compare, pairs_of
+    from lightning_modules.metrics.border import border_mm
 
     data_set = BraTS(folder)
     predictions = BraTSMasks(maps)
@@ -141,6 +143,7 @@ def scores_of(maps: Path, folder: Path) -> list[dict[str, Any]]:
             total = int(found.sum() + true.sum())
             row[f"true_{region}"], row[f"found_{region}"] = int(true.sum()), int(found.sum())
             row[f"dice_{region}"] = 2 * int((found & true).sum()) / total if total else float("nan")
+            row[f"border_mm_{region}"] = border_mm(found, true, both.spacing_mm)
         rows.append({"case": pair.case.name, **row})
     return rows
 

@@ -207,7 +207,7 @@ def check_folders(config: Plain) -> None:
         if paths is None or config.get("predictions") is not None:
             continue
         if not paths:
-            refuse(key, "one or more, or weights=glioma", "none")
+            refuse(key, "one or more" if key == "detector" else "one or more, or weights", "none")
         for path in [paths] if isinstance(paths, str) else paths:
             if not Path(path).exists():
                 refuse(key, "a file or the folder of a run", f"nothing at {path}")

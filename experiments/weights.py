@@ -22,12 +22,13 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, help="folder of a run, or of several")
     parser.add_argument("output", type=Path, help="folder of the weights; it must not have others")
+    parser.add_argument("--half", action="store_true", help="rounded to float16: half the size")
     arguments = parser.parse_args()
-    write_weights(arguments.runs, arguments.output)
+    write_weights(arguments.runs, arguments.output, half=arguments.half)
 
 
-def write_weights(runs: Path, output: Path) -> list[Path]:
-    """Write the best checkpoint of each finished run of a folder; returns the files.
+def write_weights(runs: Path, output: Path, *, half: bool = False) -> list[Path]:
+    """Write the best checkpoint of each finished run of a folder, see `export`; returns the files.
 
     Raises:
         InputError: There is no finished run, a checkpoint cannot be used, or the output has weights
@@ -41,7 +42,7 @@ def write_weights(runs: Path, output: Path) -> list[Path]:
             f"{output}: expected no weights, or those of the same runs; found {min(others).name}"
         )
     for path, run in written.items():
-        export(run.best, path)
+        export(run.best, path, half=half)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return list(written)
 

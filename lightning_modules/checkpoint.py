@@ -73,14 +73,19 @@ def _read_weights(path: Path) -> dict[str, Any]:
         return {**known, "state_dict": weights}
 
 
-def export(checkpoint: Path, path: Path) -> None:
+def export(checkpoint: Path, path: Path, *, half: bool = False) -> None:
     """Write what prediction needs of a checkpoint as a file that cannot hold code.
 
     Its header has the configuration of network, data and inference, and the cases that the network
     has seen; folders of the machine that trained it are left out.
 
+    Args:
+        checkpoint: Checkpoint of train.py.
+        path: The file to write.
+        half: Round the weights to float16, for half the size; networks still compute in float32.
+
     Raises:
-        InputError: `read` refuses the checkpoint.
+        InputError: `read` refuses the checkpoint, or a weight is beyond float16.
     """
     content = read(checkpoint)
     config = {key: content[CONFIG_KEY][key] for key in ("model", "module", "data", "seed")}
@@ -88,6 +93,12 @@ def export(checkpoint: Path, path: Path) -> None:
         node["root"] = Path(node["root"]).name
     header = {CONFIG_KEY: config, SEEN_KEY: content[SEEN_KEY]}
     weights = {name: weight.contiguous() for name, weight in content["state_dict"].items()}
+    if half:
+        weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
+        if beyond := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+            raise InputError(
+                f"{checkpoint}: expected weights below 65504, found more in {beyond[0]}"
+            )
     with written_whole(path) as partial:
         save_file(weights, partial, {key: json.dumps(value) for key, value in header.items()})
 

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import datamodules.brats
 import datamodules.metastases
+import datamodules.phantom
 import datamodules.splits
 import experiments.trained
 import lightning_modules.metrics.lesions
@@ -277,7 +278,13 @@ def test_a_value_of_train_that_cannot_be_used_is_one_line(
         ("predict", ["thresholds=chosen"], "thresholds: expected checkpoint, paper, numbers above"),
         ("predict", ["checkpoint=nowhere"], "checkpoint: expected a file or the folder of a run, "),
         ("predict", ["checkpoint=3"], "checkpoint: expected a checkpoint, the folder of a run, or"),
-        ("predict", ["checkpoint=[]"], "checkpoint: expected one or more, found none"),
+        ("predict", ["checkpoint=[]"], "checkpoint: expected one or more, or weights, found none"),
+        ("predict", ["weights=brain"], "weights: expected glioma, metastases or null, found brain"),
+        (
+            "predict",
+            ["weights=glioma"],
+            "weights: expected null, as there is a checkpoint, found g",
+        ),
         ("predict", ["detector=nowhere"], "detector: expected a file or the folder of a run, fou"),
         ("predict", ["detector=3"], "detector: expected null or a checkpoint, the folder of a run"),
         ("predict", ["detector=[]"], "detector: expected one or more, found none"),
@@ -303,7 +310,7 @@ def test_a_value_of_train_that_cannot_be_used_is_one_line(
         ("evaluate", ["convention=brats"], "convention: expected nan, brats2020 or brats2023, fo"),
         ("evaluate", ["wandb=no"], "wandb: expected online, offline or disabled, found no"),
         ("evaluate", ["predictions=nowhere"], "predictions: expected a folder, found nothing at"),
-        ("evaluate", ["checkpoint=[]"], "checkpoint: expected one or more, found none"),
+        ("evaluate", ["checkpoint=[]"], "checkpoint: expected one or more, or weights, found none"),
     ],
 )
 def test_a_value_of_predict_or_evaluate_that_cannot_be_used_is_one_line(

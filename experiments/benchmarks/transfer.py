@@ -56,7 +56,8 @@ STEPS = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, predict, score and write what the command line asks for."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmarks.transfer", description=(__doc__ or "").strip()
     )
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument(
         "--override", action="append", default=[], metavar="KEY=VALUE", help="of every training"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if unknown := set(options.steps) - set(STEPS):
         parser.error(f"steps: expected some of {', '.join(STEPS)}, found {min(unknown)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -154,21 +155,23 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         seeds = sorted({row["seed"] for row in own})
         line = {"cases": cases, "trained with": step, "it adds": STEPS[step].does}
         for region in REGIONS:
-            line[region] = over_seeds(own, f"dice_{region}", region, "{:.3f}")
-        line["border of WT, mm"] = over_seeds(own, "border_mm_WT", "WT", "{:+.2f}")
+            line[region] = over_seeds(own, f"dice_{region}", region)
+        line["border of WT, mm"] = over_seeds(own, "border_mm_WT", "WT", "+.2f")
         lines.append({**line, "seeds": str(len(seeds))})
     return lines
 
 
-def over_seeds(rows: Sequence[Mapping[str, Any]], score: str, region: str, form: str) -> str:
+def over_seeds(
+    rows: Sequence[Mapping[str, Any]], score: str, region: str, form: str = ".3f"
+) -> str:
     """Say mean and standard deviation over seeds of the mean over the cases with a region."""
     values: dict[int, list[float]] = {}
     for row in rows:
         if row[f"true_{region}"] and not isnan(row[score]):  # no border where nothing is found
             values.setdefault(row["seed"], []).append(row[score])
     means = [fmean(own) for own in values.values()]
-    spread = f" ± {stdev(means):.3f}" if len(means) > 1 else ""
-    return f"{form.format(fmean(means))}{spread}" if means else "-"
+    spread = f" ± {stdev(means):{form.lstrip('+')}}" if len(means) > 1 else ""
+    return f"{fmean(means):{form}}{spread}" if means else "-"
 
 
 if __name__ == "__main__":

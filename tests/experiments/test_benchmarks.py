@@ -2,12 +2,16 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from omegaconf import DictConfig
 
+from datamodules.phantom import FAMILIES
 from errors import InputError
-from experiments.benchmarks import hardware, revisions
+from experiments.benchmarks import hardware, realism, revisions, transfer
 
 
 def test_scores_are_over_the_cases_that_have_a_region():
@@ -39,6 +43,39 @@ def test_label_maps_are_scored_against_the_masks(brats: Path, tmp_path: Path):
     for row in rows:
         assert row["true_WT"] > row["true_TC"] > row["true_ET"] > 0
         assert [row[f"dice_{region}"] for region in revisions.REGIONS] == [1, 1, 1]
+        assert [row[f"border_mm_{region}"] for region in revisions.REGIONS] == [0, 0, 0]
+
+
+def test_every_step_of_transfer_trains_on_families_and_is_tested_on_another(
+    composed: Callable[..., DictConfig],
+):
+    for step in transfer.STEPS.values():
+        assert set(step.families) <= set(FAMILIES)
+        assert set(transfer.TEST_FAMILIES) - set(step.families)
+        families = f"data.data_set.families=[{','.join(step.families)}]"
+        composed(families, *transfer.COMMON, *step.overrides)
+
+
+def test_transfer_is_summarised_over_seeds_and_over_cases_that_have_a_region():
+    def row(seed: int, dice: float, border_mm: float, true: int = 10) -> dict[str, object]:
+        scores = {"true": true, "dice": dice, "border_mm": border_mm}
+        by_region = {f"{k}_{region}": v for region in transfer.REGIONS for k, v in scores.items()}
+        return {"step": "wide", "seed": seed, "cases": "swelling", **by_region}
+
+    nan = float("nan")
+    (line,) = transfer.table(
+        [row(0, 0.5, 1), row(0, 0.7, 3), row(0, nan, nan, true=0), row(1, 0.8, -1), row(1, 0, nan)]
+    )
+    # Means over the cases of .6 and .4, borders of 2 and -1: nothing is found in the last case.
+    assert line["WT"] == line["ET"] == "0.500 ± 0.141"
+    assert line["border of WT, mm"] == "+0.50 ± 2.12"
+    assert (line["cases"], line["seeds"]) == ("swelling", "2")
+
+
+def test_a_step_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        transfer.main(["spatail"])
+    assert "expected some of spatial, intensities, wide" in capsys.readouterr().err
 
 
 def test_a_commit_is_checked_out_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -83,3 +120,45 @@ def test_preparation_is_measured_for_all_sizes(monkeypatch: pytest.MonkeyPatch):
         [2, 4, 8, 16],
     ]
     assert all(seconds > 0 for points in growth.values() for _, seconds, _ in points)
+
+
+def test_the_rank_of_a_scan_is_the_share_of_phantoms_below_it():
+    nan = float("nan")
+    families = {
+        "a": [{"x": 1.0}, {"x": 2.0}, {"x": 2.0}, {"x": nan}, {"x": 9.0}],
+        "b": [{"x": nan}],
+    }
+    (row,) = realism.ranks({"x": 2.0}, families)
+    assert row == {"measure": "x", "value": 2.0, "a": 0.5, "b": ""}  # (1 + 2 / 2) / 4
+    (row,) = realism.ranks({"x": nan}, families)
+    assert row["a"] == ""
+
+
+def test_what_is_measured_of_a_scan_by_hand():
+    """A brain of 0.5 with a ball of 2.5, which falls off linearly over 4 mm."""
+    grid = np.indices((40, 40, 40)) - 20
+    radius_mm = 2 * np.sqrt(np.square(grid).sum(0))
+    image = (0.5 + 2 * np.clip((18 - radius_mm) / 4, 0, 1)).astype(np.float32)
+    whole, core = radius_mm < 16, radius_mm < 6
+    found = realism.measure(image, whole, core)
+    assert found["oedema"] == pytest.approx(2, abs=0.01)
+    assert found["core"] == 2
+    assert found["percentile 5"] == found["percentile 95"] == 0.5
+    assert found["gradient"] == 0
+    # Within 6 mm of the border, intensity falls by 2 over 4 mm and is flat on both sides of that.
+    assert 0.15 < found["slope of the border"] < 0.35
+    nothing = np.zeros_like(whole)
+    assert np.isnan(realism.measure(image, nothing, nothing)["oedema"])
+
+
+@pytest.mark.parametrize("wavelength_mm", [32.0, 16.0, 8.0, 5.0])
+def test_a_wave_is_in_the_band_of_its_length(wavelength_mm: float):
+    x_mm = np.arange(80) * 2.0
+    wave = np.broadcast_to(np.sin(2 * np.pi * x_mm / wavelength_mm)[:, None, None], (80, 16, 16))
+    shares = realism.spectrum(wave.astype(np.float32))
+    bands = {
+        f"{low:g} to {high:g} mm": low <= wavelength_mm < high
+        for low, high in realism.WAVELENGTHS_MM
+    }
+    for band, inside in bands.items():
+        assert (shares[band] > 0.9) == inside

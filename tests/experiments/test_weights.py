@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from errors import InputError
 from experiments.prediction import Predictor, predict_folder
-from experiments.trained import find_checkpoints
+from experiments.trained import find_checkpoints, networks_of
 from experiments.weights import write_weights
 from lightning_modules import checkpoint
 from tests.conftest import options_of, untrained, write_brats
@@ -65,6 +65,33 @@ def test_weights_of_other_runs_are_not_averaged_with(runs: Path, tmp_path: Path)
     with pytest.raises(InputError, match=r"weights: expected no weights, .* found run-1"):
         write_weights(runs / "run-0", tmp_path / "weights")
     write_weights(runs, tmp_path / "weights")  # those of the same runs are written again
+
+
+def test_half_of_the_size_holds_the_weights_rounded_to_float16(runs: Path, tmp_path: Path):
+    whole, half = (
+        write_weights(runs / "run-0", tmp_path / str(half), half=half)[0] for half in (False, True)
+    )
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    exact, rounded = (checkpoint.load(path).module.state_dict() for path in (whole, half))
+    assert exact.keys() == rounded.keys()
+    for name, weight in exact.items():
+        assert rounded[name].dtype == weight.dtype
+        torch.testing.assert_close(rounded[name], weight.half().float(), rtol=0, atol=0)
+
+    content = torch.load(runs / "run-1" / "best.ckpt", weights_only=True)
+    name = next(iter(content["state_dict"]))
+    content["state_dict"][name] = torch.full_like(content["state_dict"][name], 1e5)
+    torch.save(content, runs / "run-1" / "best.ckpt")
+    with pytest.raises(InputError, match=f"expected weights below 65504, found more in {name}"):
+        write_weights(runs / "run-1", tmp_path / "large", half=True)
+
+
+def test_the_weights_of_this_repository_have_names(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("experiments.trained.WEIGHTS_FOLDER", runs.parent / "weights")
+    write_weights(runs, runs.parent / "weights" / "glioma")
+    options = options_of("predict", weights="glioma", input="unused", output="unused")
+    assert len(find_checkpoints(networks_of(options))) == 2
+    assert networks_of({**options, "weights": None, "checkpoint": "RUN"}) == "RUN"
 
 
 def test_a_damaged_file_is_named(runs: Path, tmp_path: Path):

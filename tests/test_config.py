@@ -397,7 +397,7 @@ def test_patch_that_does_not_fill_whole_boxes_is_refused(composed: Compose):
         ("train.py", ["model.dpeth=4"], "Could not override 'model.dpeth'", 1),
         ("predict.py", ["--help"], "checkpoint=RUN/best.ckpt", 0),
         ("predict.py", ["chekpoint=a"], "Could not override 'chekpoint'", 1),
-        ("predict.py", [], "checkpoint: expected a checkpoint, the folder of a run", 1),
+        ("predict.py", [], "input: expected a text, found nothing", 1),
         ("evaluate.py", ["--help"], "predictions=FOLDER", 0),
         ("evaluate.py", ["predctions=a"], "Could not override 'predctions'", 1),
         ("evaluate.py", [], "input: expected a text, found nothing", 1),

@@ -1,5 +1,6 @@
 """Every command of the README runs, on tiny data in place of the user's."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,11 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import DictConfig
 
 import train
-from tests.conftest import ROOT, write_brats
+from tests.conftest import ROOT, write_brats, write_metastases
 
 COMMANDS = [
     line.partition("#")[0].strip()
@@ -78,7 +80,9 @@ NULL_REPORT = {
 FIGURE_2 = {command for command in COMMANDS if "experiments.figure_2" in command}
 # One after the other, below.
 EVALUATION = [command for command in COMMANDS if "frey2019" in command or "=segmented" in command]
-ELSEWHERE = {SWEEP, *DETECTION, *NULL_REPORT, *FIGURE_2, *EVALUATION}
+# On phantoms of their own, below.
+REAL_SCANS = [command for command in COMMANDS if "experiment=real_scans" in command]
+ELSEWHERE = {SWEEP, *DETECTION, *NULL_REPORT, *FIGURE_2, *EVALUATION, *REAL_SCANS}
 
 
 @pytest.mark.process
@@ -92,9 +96,14 @@ def test_python(
         config = composed(*tiny, "logger=csv", "trainer=debug")
         train.train(config)
         for name in ("RUN", "DETECTOR"):
-            command = command.replace(f"runs/proxy/{name}", config.run_dir)
-        command = command.replace("output=predictions", f"output={tmp_path}/out")
+            command = re.sub(rf"runs/\w+/{name}", config.run_dir, command)
         command = command.replace("FOLDER", str(write_brats(tmp_path / "new", cases=1)))
+    command = command.replace("output=predictions", f"output={tmp_path}/out")
+    if "METASTASES" in command:
+        lesion = np.zeros((24, 24, 24), np.uint8)
+        lesion[10:14, 10:14, 10:14] = 1
+        write_metastases(tmp_path / "metastases" / "case", lesion)
+        command = command.replace("METASTASES", str(tmp_path / "metastases"))
     words = shlex.split(command.replace("FOLDER", str(brats)))
     if "train.py" in words and "--help" not in words:
         ours = [o for o in tiny if not o.startswith(("run_dir", "data.data_set.root", "patches="))]
@@ -107,6 +116,24 @@ def test_python(
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not re.search(r"Traceback|Error", done.stderr)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", REAL_SCANS)
+def test_networks_for_real_scans_train_on_phantoms_of_three_families(command: str, tmp_path: Path):
+    small = "size=68" if "dnet" in command else "size=16"
+    words = [
+        *shlex.split(command)[1:],
+        *("patches.spacing_mm=6", f"patches.{small}", "filters.base=8", "data.data_set.count=3"),
+        *(f"data.data_set.root={tmp_path}/data", f"data.cache.root={tmp_path}/cache", "seed=0"),
+        *("split.validation=0", "split.test=0", "patches.per_epoch=4", "patches.epochs=1"),
+        *("patches.epochs_per_validation=1", "logger=csv", f"hydra.sweep.dir={tmp_path}/runs"),
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "runs").glob("*/best.ckpt"))) == 1
+    families = json.loads((tmp_path / "data" / "phantoms.json").read_text())["families"]
+    assert families == ["creeping", "swelling", "infiltrating"]
 
 
 @pytest.mark.process

@@ -15,7 +15,7 @@ from datamodules.splits import PARTS
 from errors import InputError
 from experiments.combinations import check_writable
 from experiments.frey2019 import write_report
-from experiments.operating_point import Candidates, OperatingPoint
+from experiments.operating_point import THRESHOLDS_NAME, Candidates, OperatingPoint
 from experiments.prediction import Predictor, checkpoints_of
 from experiments.run import RunFolder
 from experiments.trained import find_checkpoints, networks_of
@@ -23,7 +23,6 @@ from lightning_modules.checkpoint import check_unseen
 from lightning_modules.metrics.regions import CONVENTIONS
 
 LEARNED_FROM = ("train", "validation")
-THRESHOLDS_NAME = "thresholds.json"
 
 
 def evaluate(options: Mapping[str, Any]) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 from errors import InputError
 from files import read_json, write_json
 
+THRESHOLDS_NAME = "thresholds.json"  # the file of an operating point
 PAPER = {"WT": 0.55, "TC": 0.5, "ET": 0.4}
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 LEAST_MM3 = (0.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -91,7 +92,7 @@ class OperatingPoint:
         Raises:
             InputError: No such file, or another content.
         """
-        content = read_json(path, "evaluate.py writes such a file, thresholds.json")
+        content = read_json(path, f"evaluate.py writes such a file, {THRESHOLDS_NAME}")
         try:
             point = cls(content["thresholds"], content["least_mm3"])
             chosen_for = dict(content["chosen_for"])

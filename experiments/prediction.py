@@ -23,7 +23,7 @@ from experiments.cascade import Where, where_of
 from experiments.combinations import check_writable
 from experiments.operating_point import OperatingPoint
 from experiments.tables import CaseRows
-from experiments.trained import Trained, find_checkpoints, networks_of
+from experiments.trained import Trained, find_checkpoints, networks_of, own_thresholds
 from files import read_json, write_json, written_whole
 from lightning_modules.checkpoint import check_unseen
 from lightning_modules.memory import keep_freed
@@ -95,6 +95,9 @@ class Predictor:
         precision = str(options["precision"])
         trained = Trained.load(paths, options["flips"], precision, options["device"])
         where = where_of(options, trained)
+        thresholds = options["thresholds"]
+        if thresholds == "checkpoint":
+            thresholds = str(own_thresholds(paths) or thresholds)
         networks = {
             "checkpoint": trained.checkpoints,
             "flips": options["flips"],
@@ -104,7 +107,7 @@ class Predictor:
             trained=trained,
             where=where,
             point=OperatingPoint.from_option(
-                options["thresholds"], trained.data_set.regions, trained.threshold, networks
+                thresholds, trained.data_set.regions, trained.threshold, networks
             ),
             networks=networks,
             precision=precision,

@@ -14,6 +14,7 @@ from datamodules.preprocessing import Preprocessing, Volume
 from datamodules.sampling import Cut, whole
 from errors import InputError
 from experiments.combinations import WEIGHTS_FOLDER
+from experiments.operating_point import THRESHOLDS_NAME
 from experiments.run import finished_runs
 from lightning_modules.checkpoint import WEIGHTS, build, fingerprint, load_ensemble
 from lightning_modules.inference import Ensemble
@@ -26,6 +27,12 @@ def networks_of(options: Mapping[str, Any]) -> str | Path | Sequence[str | Path]
     """Return the checkpoints that conf/predict.yaml names, or the folder of its weights."""
     weights = options["weights"]
     return options["checkpoint"] if weights is None else WEIGHTS_FOLDER / weights
+
+
+def own_thresholds(paths: Sequence[Path]) -> Path | None:
+    """Return the file of thresholds beside weights, or None; beside checkpoints there is none."""
+    file = paths[0].parent / THRESHOLDS_NAME
+    return file if paths[0].suffix == WEIGHTS and file.is_file() else None
 
 
 def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -12,10 +12,13 @@ import torch
 from omegaconf import DictConfig
 from safetensors import safe_open
 
+import train
 from errors import InputError
+from experiments.evaluation import best_point, cases_of_part
+from experiments.operating_point import OperatingPoint
 from experiments.prediction import Predictor, predict_folder
 from experiments.trained import find_checkpoints, networks_of
-from experiments.weights import write_weights
+from experiments.weights import write_thresholds, write_weights
 from lightning_modules import checkpoint
 from tests.conftest import options_of, untrained, write_brats
 
@@ -92,6 +95,26 @@ def test_the_weights_of_this_repository_have_names(runs: Path, monkeypatch: pyte
     options = options_of("predict", weights="glioma", input="unused", output="unused")
     assert len(find_checkpoints(networks_of(options))) == 2
     assert networks_of({**options, "weights": None, "checkpoint": "RUN"}) == "RUN"
+
+
+@pytest.mark.process
+def test_thresholds_of_weights_are_those_that_evaluate_would_choose(
+    composed: Compose, tiny: list[str], tmp_path: Path
+):
+    config = composed(*tiny, "logger=csv", f"run_dir={tmp_path}/runs/a")
+    train.train(config)
+    weights = tmp_path / "weights"
+    write_weights(tmp_path / "runs", weights)
+    write_thresholds(tmp_path / "runs", weights)
+    options = options_of("predict", checkpoint=weights, input="unused", output="unused")
+    predictor = Predictor.from_options({**options, "flips": True})
+    assert predictor.point.thresholds.keys() == {"WT", "TC", "ET"}
+    assert predictor.point.least_mm3.keys() == {"ET"}
+    assert predictor.point == OperatingPoint.read(weights / "thresholds.json", predictor.networks)
+    trained = Predictor.from_options({**options, "checkpoint": tmp_path / "runs", "flips": True})
+    assert trained.point.thresholds == dict.fromkeys(("WT", "TC", "ET"), 0.5)
+    cases = cases_of_part(trained.cases(), "validation", tmp_path / "runs")
+    assert predictor.point == best_point(trained, cases, ["ET"])
 
 
 def test_a_damaged_file_is_named(runs: Path, tmp_path: Path):

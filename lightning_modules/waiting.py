@@ -56,6 +56,10 @@ class WaitingShare(Callback):
         total_s = self.waiting_s + self.steps_s
         return self.waiting_s / total_s if total_s else math.nan
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A run that goes on from the end of an epoch ends that epoch without starting it.
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.clock = StepClock(trainer)
         if isinstance(trainer.profiler, PassThroughProfiler):  # pyright: ignore

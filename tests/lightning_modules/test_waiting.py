@@ -2,11 +2,13 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.profilers import SimpleProfiler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -93,3 +95,20 @@ def test_a_profiler_of_the_users_stays():
     assert isinstance(trainer.profiler, SimpleProfiler)
     assert math.isnan(share.share)
     assert "train/waiting" not in trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # as a run's folder does
+def test_a_run_goes_on_from_the_end_of_an_epoch(tmp_path: Path):
+    """A checkpoint after validation lies before the end of its epoch, which ends unstarted."""
+    loaders: Any = DataLoader(Slow(0)), DataLoader(Slow(0))
+    for resumed in (False, True):
+        checkpoints = ModelCheckpoint(tmp_path, "end", save_on_train_epoch_end=False)
+        share = WaitingShare()
+        trainer = pl.Trainer(
+            max_epochs=1, callbacks=[share, checkpoints], logger=False, accelerator="cpu",
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        resume = tmp_path / "end.ckpt" if resumed else None
+        trainer.fit(Sleeper(0, 0, 0), *loaders, ckpt_path=resume)
+        assert math.isnan(share.share) == resumed  # no step is left to measure

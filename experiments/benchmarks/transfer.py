@@ -24,7 +24,6 @@ TEST_FAMILIES = ("swelling", "infiltrating")
 TEST_CASES, TEST_SEED = 24, 9  # the seed is none that networks are trained with
 SPACING_MM = 2
 COMMON = ("patches.epochs=18", "callbacks.early_stopping.patience=18", "logger=csv")
-PARTS = ("copied", "missing", "contrast", "gamma", "bias", "blur", "slices", "ringing")
 
 
 class Step(NamedTuple):
@@ -46,7 +45,7 @@ STEPS = {
     "intensities": Step(
         "scale .6 to 1.6, shift, noise",
         ("classic",),
-        ("augmentation=wide", *(f"augmentation.{part}.probability=0" for part in PARTS)),
+        ("augmentation=wide_intensity",),
     ),
     "wide": Step("all of `augmentation=wide`", ("classic",)),
     "borders": Step("soft oedema, a rater's smooth line", ("borders",)),

@@ -213,7 +213,7 @@ RULES: dict[str, Rule] = {
     "report.margin.*": positive,
     "report.alpha": share_inside,
     # predict.py and evaluate.py.
-    "weights": one_of("glioma", "metastases", None),
+    "weights": one_of("glioma", None),
     "checkpoint": checkpoints,
     "input": text,
     "output": text,

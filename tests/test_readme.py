@@ -8,12 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from omegaconf import DictConfig
 
 import train
-from tests.conftest import ROOT, write_brats, write_metastases
+from tests.conftest import ROOT, write_brats
 
 COMMANDS = [
     line.partition("#")[0].strip()
@@ -99,11 +98,6 @@ def test_python(
             command = re.sub(rf"runs/\w+/{name}", config.run_dir, command)
         command = command.replace("FOLDER", str(write_brats(tmp_path / "new", cases=1)))
     command = command.replace("output=predictions", f"output={tmp_path}/out")
-    if "METASTASES" in command:
-        lesion = np.zeros((24, 24, 24), np.uint8)
-        lesion[10:14, 10:14, 10:14] = 1
-        write_metastases(tmp_path / "metastases" / "case", lesion)
-        command = command.replace("METASTASES", str(tmp_path / "metastases"))
     words = shlex.split(command.replace("FOLDER", str(brats)))
     if "train.py" in words and "--help" not in words:
         ours = [o for o in tiny if not o.startswith(("run_dir", "data.data_set.root", "patches="))]

@@ -21,6 +21,7 @@ from experiments.rules import (
     FLAGS,
     Rule,
     choice,
+    each,
     either,
     flag,
     number,
@@ -208,7 +209,9 @@ RULES: dict[str, Rule] = {
     "logger.*.offline": flag,
     "logger.*.log_model": either(flag, one_of("all")),
     "report.margin.*": positive,
+    "report.reason": text,
     "report.alpha": share_inside,
+    "report.looks": each(whole(2)),
     # predict.py and evaluate.py.
     "checkpoint": checkpoints,
     "input": text,

@@ -66,8 +66,8 @@ def train(config: DictConfig) -> float:
     """Run what `config` describes, or read what came out of it before.
 
     Returns:
-        The objective; NaN if it is a score of cases that the split does not have, and in the
-        further processes of a run on several devices.
+        The objective; NaN if it is a score of cases that the split does not have, in the further
+        processes of a run on several devices, and if no verdict of a sweep waits for the run.
 
     Raises:
         InputError: A value, a file or the data cannot be used.

@@ -210,7 +210,7 @@ RULES: dict[str, Rule] = {
     "logger.*.log_model": either(flag, one_of("all")),
     "report.margin.*": positive,
     "report.reason": text,
-    "report.alpha": share_inside,
+    "report.alpha": number(above=0, below=0.5),
     "report.looks": each(whole(2)),
     # predict.py and evaluate.py.
     "checkpoint": checkpoints,

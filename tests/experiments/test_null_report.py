@@ -18,6 +18,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+import train
 from errors import InputError
 from experiments import krivov2018, null_report
 from experiments.command import command
@@ -222,6 +223,21 @@ def test_a_run_that_can_change_nothing_is_needless(tmp_path: Path):
     assert not is_needless(RunFolder(folder / "elsewhere/run"), "norm", "batch", 5)
     remove(folder, "*")
     assert not is_needless(run, "norm", "batch", 5)
+
+
+def test_a_needless_run_is_not_trained(
+    composed: Callable[..., Any], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+    monkeypatch.setattr(
+        "experiments.verdicts.is_needless",
+        lambda *place, **cell: asked.append((*place, *cell.values())) or True,
+    )
+    config = composed(*tiny, "logger=csv", "cell.factor=norm", "cell.level='3'", "seed=7")
+    assert math.isnan(train.train(config))
+    folder = RunFolder(Path(config.run_dir))
+    assert asked == [(folder, "norm", "3", 7)]
+    assert not folder.is_finished
 
 
 def test_a_later_family_changes_no_verdict(sweep: Path):

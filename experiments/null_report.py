@@ -41,7 +41,8 @@ def verdict_rows(sweep: Sweep, verdicts: Verdicts) -> list[dict[str, str]]:
     rows = []
     for cell in sweep.levels():
         level = verdicts[cell]
-        row = {**cell._asdict(), "seeds": str(level.seeds), "verdict": level.sentence}
+        sentence = ", ".join(filter(None, (level.verdict, level.assumption)))
+        row = {**cell._asdict(), "seeds": str(level.seeds), "verdict": sentence}
         for region, found in level.regions.items():
             estimate = found.comparison.estimate
             low, high = estimate.interval(1 - sweep.alpha)

@@ -50,9 +50,22 @@ def draw_differences(sweep: Sweep, verdicts: "Mapping[Cell, LevelVerdict]") -> "
             ax.plot(estimate.difference, place, "o", color=colour, ms=5)
             if not np.isnan(interval[0]):
                 reach.append(max(np.abs(interval)))
-        # An interval far wider than the others would squeeze them: it runs off the panel instead.
+        # What is far wider or further away than the others would squeeze them: it runs off the
+        # panel, where a point that does is named.
         limit = max(2 * margin, 1.5 * float(np.median(reach))) if reach else 2 * margin
         ax.set_xlim(-limit, limit)
+        for place, cell in enumerate(levels):
+            found = verdicts[cell].regions[region]
+            difference = float(found.comparison.estimate.difference)
+            if abs(difference) > limit:
+                ax.text(
+                    np.copysign(0.97 * limit, difference),
+                    place,
+                    f"{'→' if difference > 0 else '←'} {difference:+.2f}",
+                    color=VERDICT_COLOURS[found.verdict],
+                    ha="right" if difference > 0 else "left",
+                    va="center",
+                )
         ax.set_title(f"{region}, margin ± {margin:g}")
         ax.set_xlabel("Dice, level minus baseline")
         ax.grid(axis="x", alpha=0.3)

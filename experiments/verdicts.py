@@ -79,11 +79,11 @@ class LevelVerdict:
     collapse_bound: float
 
     @property
-    def sentence(self) -> str:
-        """The verdict; where it is that a difference is small, with what that assumes."""
+    def assumption(self) -> str:
+        """What the verdict assumes, if it is that a difference is small; else an empty string."""
         if self.verdict in ("different", "undecided"):
-            return self.verdict
-        return f"{self.verdict}, if at most {self.collapse_bound:.0%} of runs collapse"
+            return ""
+        return f"if at most {self.collapse_bound:.0%} of runs collapse"
 
     @property
     def is_decided(self) -> bool:

@@ -145,8 +145,8 @@ def test_verdicts_of_a_planted_effect_and_of_none(sweep: Path):
         assert low < -0.2 < high
         assert found[BATCH].regions[region].verdict == "equivalent"
     # No run of three has collapsed: up to 63 % would still do so in one of twenty sweeps.
-    assert found[BATCH].sentence == "equivalent, if at most 63% of runs collapse"
-    assert found[SHALLOW].sentence == "different"
+    assert found[BATCH].assumption == "if at most 63% of runs collapse"
+    assert found[SHALLOW].assumption == ""
 
 
 def test_a_difference_below_the_margin_is_both(tmp_path: Path):
@@ -285,6 +285,7 @@ def test_report_of_a_whole_sweep(sweep: Path):
     )
     assert "9 of 9 planned runs are finished, 12 test cases." in text
     assert "margin of Dice WT 0.02, TC 0.03 (reason: raters)" in text
+    assert "| norm | batch | 3 | equivalent, if at most 63% of runs collapse | " in text
     assert "| model.depth | 2 | 3 | different | -0." in text
     with (output / "null_report.csv").open() as file:
         rows = list(csv.DictReader(file))

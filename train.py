@@ -66,8 +66,8 @@ def train(config: DictConfig) -> float:
     """Run what `config` describes, or read what came out of it before.
 
     Returns:
-        The objective; NaN if it is a score of cases that the split does not have, and in the
-        further processes of a run on several devices.
+        The objective; NaN if it is a score of cases that the split does not have, in the further
+        processes of a run on several devices, and if no verdict of a sweep waits for the run.
 
     Raises:
         InputError: A value, a file or the data cannot be used.
@@ -78,6 +78,7 @@ def train(config: DictConfig) -> float:
     if not folder.is_finished or config.again:
         check_sources(config)
     from experiments.results import Results, show  # heavy: not for a value that cannot be used
+    from experiments.verdicts import is_needless
 
     with folder.claimed() as mine:
         if not mine:
@@ -85,6 +86,9 @@ def train(config: DictConfig) -> float:
         if folder.is_finished and not config.again:
             results = Results.read(folder)
             logging.info("finished before; again=true trains it again")
+        elif is_needless(folder, **config.cell, seed=config.seed):
+            logging.info("not trained: its level is decided without it, see the report")
+            return math.nan
         else:
             results = run(config, folder)
             if not is_first():

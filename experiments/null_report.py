@@ -7,7 +7,7 @@ is half done, it shows the runs that are finished, and the commands that train t
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from hydra.experimental.callback import Callback  # noqa: TID251  (the hook of a sweep's start)
 
+from errors import InputError
 from experiments.command import AT_END, command
 from experiments.null_report_figures import (
     VERDICT_COLOURS,
@@ -22,86 +23,130 @@ from experiments.null_report_figures import (
     draw_differences,
     draw_learning_curves,
 )
-from experiments.sweep import BASELINE_CELL, Cell, Sweep, read_sweep
+from experiments.sweep import BASELINE_CELL, Cell, Run, Sweep, read_sweep
 from experiments.tables import markdown, write_csv
 from files import write_text
 from hydra_plugins.one_factor_sweeper import PLAN_NAME
 
 if TYPE_CHECKING:
-    from experiments.statistics import Comparison
+    from experiments.verdicts import LevelVerdict
 
 TEMPLATE = "null_report.html.jinja"
 
-Comparisons = dict[tuple[Cell, str], "Comparison"]  # cell, region -> difference from the baseline
+Verdicts = Mapping[Cell, "LevelVerdict"]
 
 
-def compare_all(sweep: Sweep) -> Comparisons:
-    """Compare every cell with the baseline, in every region.
-
-    All cells of the plan are one family, those without a finished run too: a verdict must not
-    weaken when the rest of its family comes in.
-    """
-    from experiments.statistics import adjust, compare
-
-    keys = [(cell, region) for cell in sweep.planned_levels() for region in sweep.margin]
-    comparisons = [
-        compare(
-            sweep.dice(BASELINE_CELL, region),
-            sweep.dice(cell, region),
-            margin=sweep.margin[region],
-            alpha=sweep.alpha,
-        )
-        for cell, region in keys
-    ]
-    return dict(zip(keys, adjust(comparisons), strict=True))
-
-
-def verdict_rows(sweep: Sweep, comparisons: Comparisons) -> list[dict[str, str]]:
-    """Make a row for every level: difference, interval and verdict by region."""
+def verdict_rows(sweep: Sweep, verdicts: Verdicts) -> list[dict[str, str]]:
+    """Make a row for every level: its verdict, and difference and interval by primary region."""
     rows = []
     for cell in sweep.levels():
-        row = {**cell._asdict(), "seeds": str(len(sweep.runs_of(cell)))}
-        for region, margin in sweep.margin.items():
-            found = comparisons[cell, region]
-            row[f"{region} (± {margin:g})"] = (
-                f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}] {found.verdict}"
+        level = verdicts[cell]
+        sentence = ", ".join(filter(None, (level.verdict, level.assumption)))
+        row = {**cell._asdict(), "seeds": str(level.seeds), "verdict": sentence}
+        for region, found in level.regions.items():
+            estimate = found.comparison.estimate
+            low, high = estimate.interval(1 - sweep.alpha)
+            row[f"{region} (± {found.margin:g})"] = (
+                f"{estimate.difference:+.3f} [{low:+.3f}, {high:+.3f}] {found.verdict}"
             )
         rows.append(row)
     return rows
 
 
-def cell_rows(sweep: Sweep) -> list[dict[str, str]]:
-    """Make a row for the baseline and every level: Dice over the seeds, and cost."""
-    from experiments.results import Results
+def outcome_rows(sweep: Sweep) -> list[dict[str, str]]:
+    """Make a row for the baseline and every level: three outcomes of every region.
+
+    Dice is over the cases that have the region, false alarms are over the others, and runs that
+    collapse are counted (`statistics.collapsed`), with an upper bound on their rate.
+    """
+    from experiments.verdicts import collapses
 
     rows = []
     for cell in (BASELINE_CELL, *sweep.levels()):
         runs = sweep.runs_of(cell)
-        cost = Results.read(runs[0].folder).cost
-        row = {**cell._asdict(), "seeds": " ".join(str(run.seed) for run in runs)}
-        for region in sweep.margin:
-            means = np.nanmean(sweep.dice(cell, region), axis=1)
+        row = {**cell._asdict(), "seeds": str(len(runs))}
+        for region in sweep.regions:
+            means = np.array([mean_dice(run, region) for run in runs])
             spread = f" ± {means.std(ddof=1):.3f}" if len(means) > 1 else ""
             row[f"Dice {region}"] = f"{means.mean():.3f}{spread}"
+        for region in sweep.regions:
+            alarms = np.concatenate([run.false_alarms_mm3(region) for run in runs])
+            if lacking := int((~np.isnan(alarms)).sum()):
+                row[f"false alarms {region}"] = f"{int((alarms > 0).sum())} of {lacking}"
+        for region in sweep.regions:
+            rate = collapses(sweep, cell, region, sweep.seeds)
+            row[f"collapses {region}"] = f"{rate.count} (≤ {rate.bound:.0%})"
+        rows.append(row)
+    return rows
+
+
+def mean_dice(run: Run, region: str) -> float:
+    """Compute the mean Dice over the cases that have a region; NaN if none has."""
+    dice = run.dice(region)
+    scored = dice[~np.isnan(dice)]
+    return float(scored.mean()) if scored.size else np.nan
+
+
+def cost_rows(sweep: Sweep) -> list[dict[str, str]]:
+    """Make a row for the baseline and every level: size and cost."""
+    from experiments.results import Results
+
+    rows = []
+    for cell in (BASELINE_CELL, *sweep.levels()):
+        results = [Results.read(run.folder) for run in sweep.runs_of(cell)]
+        cost = results[0].cost
         rows.append(
             {
-                **row,
+                **cell._asdict(),
                 "widths": " ".join(map(str, cost.widths)),
                 "parameters": f"{cost.parameters:,}",
                 "GFLOP a patch": f"{cost.gflops:.2f}",
                 "MiB a step": f"{cost.memory_mib:.0f}",
-                "training": f"{np.mean([Results.read(run.folder).fit_s for run in runs]):.0f} s",
+                "training": f"{np.mean([result.fit_s for result in results]):.0f} s",
+                "test": f"{np.mean([result.test_s for result in results]):.0f} s",
             }
         )
     return rows
 
 
-def comparison_rows(comparisons: Comparisons) -> list[dict[str, object]]:
-    """Make a row for every comparison, with all that was computed."""
-    return [
-        {**cell._asdict(), "region": region, **vars(found)}
-        for (cell, region), found in comparisons.items()
-    ]
+def comparison_rows(sweep: Sweep, verdicts: Verdicts) -> list[dict[str, object]]:
+    """Make a row for every level and primary region, with all that was computed."""
+    rows = []
+    for cell, level in verdicts.items():
+        for region, found in level.regions.items():
+            comparison, estimate = found.comparison, found.comparison.estimate
+            low, high = estimate.interval(1 - sweep.alpha)
+            tost_low, tost_high = estimate.interval(1 - 2 * sweep.alpha)
+            rows.append(
+                {
+                    **cell._asdict(),
+                    "verdict": level.verdict,
+                    "look": level.look + 1,
+                    "collapse_bound": level.collapse_bound,
+                    "region": region,
+                    "region_verdict": found.verdict,
+                    "margin": found.margin,
+                    "cases": comparison.cases,
+                    "left_out": comparison.left_out,
+                    "seeds": comparison.seeds,
+                    "baseline_only": comparison.baseline_only,
+                    "level_only": comparison.level_only,
+                    "difference": estimate.difference,
+                    "low": low,
+                    "high": high,
+                    "tost_low": tost_low,
+                    "tost_high": tost_high,
+                    "standard_error": estimate.standard_error,
+                    "seed_share": estimate.seed_share,
+                    "p_difference": estimate.p_difference(),
+                    "p_equivalence": estimate.p_equivalence(found.margin),
+                    "detectable": found.detectable,
+                    "provable": found.provable,
+                    "median": comparison.median,
+                    "p_wilcoxon": comparison.p_wilcoxon,
+                }
+            )
+    return rows
 
 
 def run_rows(sweep: Sweep) -> list[dict[str, str]]:
@@ -110,52 +155,60 @@ def run_rows(sweep: Sweep) -> list[dict[str, str]]:
         {
             **run.cell._asdict(),
             "seed": str(run.seed),
-            **{region: f"{np.nanmean(run.dice(region)):.4f}" for region in sweep.margin},
+            **{region: f"{mean_dice(run, region):.4f}" for region in sweep.regions},
             "run": run.name,
         }
         for run in sweep.finished
     ]
 
 
-def summary(sweep: Sweep, comparisons: Comparisons) -> list[str]:
+def summary(sweep: Sweep, verdicts: Verdicts) -> list[str]:
     """Say in sentences what came out, and how to read it."""
-    verdicts = [found.verdict for found in comparisons.values()]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICT_COLOURS)
+    words = [level.verdict for level in verdicts.values()]
+    counts = "; ".join(f"{words.count(verdict)} {verdict}" for verdict in VERDICT_COLOURS)
     margins = ", ".join(f"{region} {margin:g}" for region, margin in sweep.margin.items())
-    detectable = ", ".join(
-        f"{region} {difference:.3f}"
-        for region, difference in median_detectable(sweep, comparisons).items()
-    )
+    looks = ", ".join(f"{look.seeds} ({look.alpha:.2g})" for look in sweep.looks)
+    families = " and ".join(str(len(family)) for family in sweep.families())
     total = len(sweep.finished) + len(sweep.missing)
     return [
-        f"{len(verdicts)} comparisons with the baseline: {counts}.",
-        f"{len(sweep.finished)} of {total} runs are finished; {len(sweep.cases)} test cases; "
-        f"margin of Dice {margins}, error rate {sweep.alpha:g} over the family (Holm), both stated "
-        f"{sweep.stated}, before the first run.",
-        '"Different": the difference is not 0. "Equivalent": it is smaller than the margin, '
-        'whichever its sign. "Undecided": these cases and seeds can say neither. Intervals, of '
-        f"{1 - sweep.alpha:.0%}, are over cases and seeds (thick in the figure: of "
-        f"{1 - 2 * sweep.alpha:.0%}), before the correction.",
-        "A difference that would be found four times in five, for half of the levels: "
-        f"{detectable or 'not known yet'}.",
+        f"{len(words)} levels: {counts}.",
+        f"{len(sweep.finished)} of {total} planned runs are finished, {len(sweep.cases)} test "
+        f"cases. Stated {sweep.stated}, before the first run: margin of Dice {margins} (reason: "
+        f"{sweep.reason}); looks after so many seeds, with what each may spend of an error rate of "
+        f"{sweep.alpha:g}: {looks}; families of {families or 'no'} levels, which share that rate.",
+        '"Different": in some primary region the difference is not 0. "Equivalent": in all of '
+        "them it is smaller than the margin, whichever its sign, unless more runs collapse than "
+        'is said. "Undecided": these cases and seeds can say neither. A region has a word of its '
+        f"own, at the same error rate. Intervals, of {1 - sweep.alpha:.0%}, are over cases and "
+        f"seeds (thick in the figure: of {1 - 2 * sweep.alpha:.0%}), before any correction.",
+        *sensitivity(sweep, verdicts),
     ]
 
 
-def median_detectable(sweep: Sweep, comparisons: Comparisons) -> dict[str, float]:
-    """Find the median over the levels of the smallest detectable difference, by region.
+def sensitivity(sweep: Sweep, verdicts: Verdicts) -> list[str]:
+    """Say what half of the levels can tell four times in five, by region, after all corrections.
 
-    A region is left out as long as no level has enough seeds to tell.
+    Nothing is said of a region in which no level has come to its first look.
     """
-    detectable = {}
-    for region in sweep.margin:
-        differences = [
-            found.minimum_detectable
-            for (_, other), found in comparisons.items()
-            if other == region and not np.isnan(found.minimum_detectable)
+    parts = []
+    for region, margin in sweep.margin.items():
+        found = [
+            (level.regions[region].detectable, level.regions[region].provable)
+            for level in verdicts.values()
+            if not np.isnan(level.regions[region].detectable)
         ]
-        if differences:
-            detectable[region] = float(np.median(differences))
-    return detectable
+        if found:
+            detectable, provable = np.median(found, axis=0)
+            parts.append(
+                f"{region}: a difference of {detectable:.3f} comes out as different, and none as "
+                f"equivalent within {provable:.3f} (stated: {margin:g})"
+            )
+    if not parts:
+        return []
+    return [
+        "What half of the levels can tell four times in five at the look that they have come to, "
+        f"after the corrections for levels, regions and looks. {'; '.join(parts)}."
+    ]
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -169,42 +222,52 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         The page, `null_report.html`.
 
     Raises:
-        InputError: The sweep cannot be read, see `read_sweep`.
+        InputError: The sweep cannot be read, see `read_sweep`, or its baseline has no finished run.
     """
+    from experiments.verdicts import judge
+
     sweep = read_sweep(folder)
-    comparisons = compare_all(sweep)
+    if not sweep.runs_of(BASELINE_CELL):
+        raise InputError(f"{folder}: the baseline has no finished run yet; nothing to compare with")
+    verdicts = judge(sweep)
     output = output or folder / "report"
     output.mkdir(parents=True, exist_ok=True)
-    if comparisons:
-        write_csv(output / "null_report.csv", comparison_rows(comparisons))
-    draw_differences(sweep, comparisons).savefig(output / "forest.png", dpi=120)
-    write_text(output / "null_report.md", as_markdown(sweep, comparisons))
+    if verdicts:
+        write_csv(output / "null_report.csv", comparison_rows(sweep, verdicts))
+    draw_differences(sweep, verdicts).savefig(output / "forest.png", dpi=120)
+    write_text(output / "null_report.md", as_markdown(sweep, verdicts))
     page = output / "null_report.html"
-    write_text(page, as_page(sweep, comparisons, output))
+    write_text(page, as_page(sweep, verdicts, output))
     return page
 
 
-def missing_runs(sweep: Sweep) -> list[str]:
-    """Name the runs of the plan that are not finished, and what they train."""
+def missing_runs(sweep: Sweep, verdicts: Verdicts) -> list[str]:
+    """Name the runs that a verdict waits for, and what they train."""
+    from experiments.verdicts import is_settled
+
     return [
-        f"{run.cell.factor}={run.cell.level} seed={run.seed} ({run.name})" for run in sweep.missing
+        f"{run.cell.factor}={run.cell.level} seed={run.seed} ({run.name})"
+        for run in sweep.missing
+        if not is_settled(verdicts, sweep, run.cell, run.seed)
     ]
 
 
-def as_markdown(sweep: Sweep, comparisons: Comparisons) -> str:
+def as_markdown(sweep: Sweep, verdicts: Verdicts) -> str:
     """Format the report as Markdown, with the figure in a file beside it."""
-    verdicts = verdict_rows(sweep, comparisons)
+    rows, missing = verdict_rows(sweep, verdicts), missing_runs(sweep, verdicts)
     parts = [
         "# Null report",
-        *summary(sweep, comparisons),
+        *summary(sweep, verdicts),
         "![Differences by region](forest.png)",
         "## Verdicts",
-        markdown(verdicts) if verdicts else "None yet.",
-        "## Cells",
-        markdown(cell_rows(sweep)),
+        markdown(rows) if rows else "None yet.",
+        "## Dice, false alarms and collapses",
+        markdown(outcome_rows(sweep)),
+        "## Cost",
+        markdown(cost_rows(sweep)),
         "## Missing",
-        "\n".join(f"- {name}" for name in missing_runs(sweep)) or "Nothing.",
-        "Start it again: what is finished is not run anew." if sweep.missing else "## Command",
+        "\n".join(f"- {name}" for name in missing) or "Nothing.",
+        "Start it again: what is finished is not run anew." if missing else "## Command",
         "```sh\n" + "\n".join(sweep.commands) + "\n```",
         "## Runs",
         markdown(run_rows(sweep)),
@@ -212,12 +275,12 @@ def as_markdown(sweep: Sweep, comparisons: Comparisons) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_page(sweep: Sweep, comparisons: Comparisons, output: Path) -> str:
+def as_page(sweep: Sweep, verdicts: Verdicts, output: Path) -> str:
     """Format the report as one HTML page that needs no other file.
 
     Args:
         sweep: The sweep.
-        comparisons: Its comparisons.
+        verdicts: Its verdicts.
         output: Folder of the page, from which it links to the folders of the runs.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -232,14 +295,17 @@ def as_page(sweep: Sweep, comparisons: Comparisons, output: Path) -> str:
     return environment.get_template(TEMPLATE).render(
         name=sweep.folder.name,
         colours=VERDICT_COLOURS,
-        sentences=summary(sweep, comparisons),
-        differences=as_svg(draw_differences(sweep, comparisons)),
+        sentences=summary(sweep, verdicts),
+        differences=as_svg(draw_differences(sweep, verdicts)),
         learning_curves=as_svg(draw_learning_curves(sweep)),
         margin=sweep.margin,
+        confidence=1 - sweep.alpha,
         levels=sweep.levels(),
-        comparisons=comparisons,
-        cells=cell_rows(sweep),
-        missing=missing_runs(sweep),
+        verdicts=verdicts,
+        outcomes=outcome_rows(sweep),
+        costs=cost_rows(sweep),
+        missing=missing_runs(sweep, verdicts),
+        regions=sweep.regions,
         commands=sweep.commands,
         runs=[
             {**row, "folder": os.path.relpath(run.folder.path, output)}

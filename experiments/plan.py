@@ -28,7 +28,7 @@ from experiments.memory_limit import changes_that_fit
 from experiments.results import device_name
 from experiments.statistics import prospect
 from experiments.sweep import BASELINE_CELL, Cell, Run
-from hydra_plugins.one_factor_sweeper import PLAN_NAME, read_plan
+from hydra_plugins.one_factor_sweeper import looks_of
 from lightning_modules.checkpoint import build
 from lightning_modules.memory import keep_freed
 
@@ -396,10 +396,7 @@ def prospects(jobs: Sequence[Job]) -> list[str]:
     seeds = len({run.seed for run in runs})
     if seeds < 2:
         return ["One seed says nothing about the next one: no level can be decided with it."]
-    cells = {run.cell for run in runs}
-    folder = jobs[0].folder.path.parent
-    if (folder / PLAN_NAME).is_file():  # what is planned there already is of the same family
-        cells |= {Run.from_plan(c, folder).cell for c in read_plan(folder / PLAN_NAME)["cells"]}
+    levels = len({run.cell for run in runs} - {BASELINE_CELL})
     pilots: dict[Cell, list[Run]] = {}
     for run in runs:
         if run.folder.is_finished:
@@ -413,23 +410,24 @@ def prospects(jobs: Sequence[Job]) -> list[str]:
         ]
     if len({tuple(run.scores) for pilot in (baseline, *pilots.values()) for run in pilot}) > 1:
         return ["What the sweep can tell is not known: its finished runs have other test cases."]
+    last = looks_of(seeds, report["looks"], report["alpha"])[-1]
     lines = [f"What the sweep can tell four times in five, for half of {len(pilots)} levels:"]
     for region, margin in report["margin"].items():
-        comparisons = (len(cells) - 1) * len(report["margin"])
         found = [
-            prospect(
-                _dice(baseline, region), _dice(pilot, region), seeds, report["alpha"], comparisons
-            )
+            prospect(differences, seeds, last["alpha"], levels, len(report["margin"]))
             for pilot in pilots.values()
+            if len(differences := _differences(baseline, pilot, region)) > 1
         ]
-        detectable, provable = np.median(found, axis=0)
+        detectable, provable = np.median(found, axis=0) if found else (np.nan, np.nan)
         lines.append(
             f"{region}: that a difference of {detectable:.3f} is not 0, and that one of 0 is "
-            f"within {provable:.3f} ({seeds} seeds, {comparisons} comparisons). The margin is "
-            f"{margin:g}{', too narrow' if not provable <= margin else ''}."
+            f"within {provable:.3f} (after {seeds} seeds, {levels} levels). The margin is "
+            f"{margin:g}{', too narrow: it cannot decide' if not provable <= margin else ''}."
         )
     return lines
 
 
-def _dice(runs: Sequence[Run], region: str) -> np.ndarray:
-    return np.array([run.dice(region) for run in runs])
+def _differences(baseline: Sequence[Run], level: Sequence[Run], region: str) -> np.ndarray:
+    """Level minus baseline (S, N) of the S seeds that both have."""
+    by_seed = {run.seed: run.dice(region) for run in baseline}
+    return np.array([run.dice(region) - by_seed[run.seed] for run in level if run.seed in by_seed])

@@ -109,6 +109,14 @@ def several(rule: Rule, count: int) -> Rule:
     )
 
 
+def each(rule: Rule) -> Rule:
+    """Accept a list, of any length, of values that a rule accepts."""
+    return Rule(
+        f"a list of values, each {rule.expected}",
+        lambda value: isinstance(value, list) and all(map(rule.accepts, value)),
+    )
+
+
 def choice(*known: object, least: int = 1) -> Rule:
     """Accept a list of the known values, at least so many of them, each at most once."""
     return Rule(

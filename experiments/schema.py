@@ -21,6 +21,7 @@ from experiments.rules import (
     FLAGS,
     Rule,
     choice,
+    each,
     either,
     flag,
     number,
@@ -211,7 +212,9 @@ RULES: dict[str, Rule] = {
     "logger.*.offline": flag,
     "logger.*.log_model": either(flag, one_of("all")),
     "report.margin.*": positive,
-    "report.alpha": share_inside,
+    "report.reason": text,
+    "report.alpha": number(above=0, below=0.5),
+    "report.looks": each(whole(2)),
     # predict.py and evaluate.py.
     "weights": one_of("glioma", None),
     "checkpoint": checkpoints,

@@ -32,6 +32,18 @@ class Cell(NamedTuple):
 BASELINE_CELL = Cell(BASELINE, BASELINE)
 
 
+class Look(NamedTuple):
+    """A look at the runs, at which verdicts may be given.
+
+    Attributes:
+        seeds: Number of seeds, of those planned, that it looks at: the first ones.
+        alpha: Error rate that it may spend.
+    """
+
+    seeds: int
+    alpha: float
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of a plan.
@@ -40,11 +52,13 @@ class Run:
         cell: The network that it trains.
         seed: Seed of its weights, patches and augmentation.
         folder: Folder of the run.
+        family: Number of the family of its cell: cells that were planned together.
     """
 
     cell: Cell
     seed: int
     folder: RunFolder
+    family: int = 0
 
     @classmethod
     def from_plan(cls, planned: Mapping[str, Any], folder: Path) -> "Run":
@@ -58,6 +72,7 @@ class Run:
             cell=Cell(planned["factor"], str(planned["level"])),
             seed=planned["seed"],
             folder=RunFolder(folder / planned["run"]),
+            family=planned["family"],
         )
 
     @property
@@ -74,9 +89,13 @@ class Run:
                 for row in csv.DictReader(file)
             }
 
-    def dice(self, region: str) -> list[float]:
-        """Dice of a region in every test case."""
-        return [scores[f"dice_{region}"] for scores in self.scores.values()]
+    def dice(self, region: str) -> np.ndarray:
+        """Dice (N,) of a region in every test case; NaN in a case that lacks it."""
+        return np.array([scores[f"dice_{region}"] for scores in self.scores.values()])
+
+    def false_alarms_mm3(self, region: str) -> np.ndarray:
+        """Volume (N,) predicted of a region in cases that lack it; NaN in those that have it."""
+        return np.array([scores[f"false_alarm_mm3_{region}"] for scores in self.scores.values()])
 
     def learning_curve(self) -> np.ndarray:
         """Epoch and validation Dice (E, 2).
@@ -98,9 +117,12 @@ class Sweep:
 
     Attributes:
         folder: Folder of the runs.
-        margin: Region -> the smallest difference of Dice that matters.
-        alpha: Error rate of the tests, over the whole family.
-        stated: Time when margin and cells were written down, before the first run.
+        margin: Primary region -> the smallest difference of Dice that matters.
+        reason: Why these margins.
+        alpha: Error rate of each of the two tests, over a family and all looks.
+        stated: Time when all this was written down, before the first run.
+        seeds: Seeds that were planned, in the order in which they are trained.
+        looks: When verdicts may be given.
         commands: Commands that train the runs.
         finished: Runs that are finished, in the order of the plan.
         missing: The other runs of the plan.
@@ -108,8 +130,11 @@ class Sweep:
 
     folder: Path
     margin: dict[str, float]
+    reason: str
     alpha: float
     stated: str
+    seeds: list[int]
+    looks: list[Look]
     commands: list[str]
     finished: list[Run]
     missing: list[Run]
@@ -119,24 +144,32 @@ class Sweep:
         """Names of the test cases, which all runs share."""
         return list(self.finished[0].scores)
 
+    @property
+    def regions(self) -> list[str]:
+        """Regions that are scored, the primary ones and the others."""
+        columns = next(iter(self.finished[0].scores.values()))
+        return [name.removeprefix("dice_") for name in columns if name.startswith("dice_")]
+
     def levels(self) -> list[Cell]:
         """List the cells that have a finished run, without the baseline."""
         return [cell for cell in _cells(self.finished) if cell != BASELINE_CELL]
-
-    def planned_levels(self) -> list[Cell]:
-        """List all cells of the plan, without the baseline; those with a finished run first."""
-        cells = _cells([*self.finished, *self.missing])
-        return [cell for cell in cells if cell != BASELINE_CELL]
 
     def runs_of(self, cell: Cell) -> list[Run]:
         """List the finished runs of a cell, by seed."""
         runs = [run for run in self.finished if run.cell == cell]
         return sorted(runs, key=lambda run: run.seed)
 
-    def dice(self, cell: Cell, region: str) -> np.ndarray:
-        """Dice (S, N) of the S finished seeds of a cell, which may be none, in the N test cases."""
-        runs = self.runs_of(cell)
-        return np.array([run.dice(region) for run in runs]).reshape(len(runs), len(self.cases))
+    def dice(self, cell: Cell, region: str) -> dict[int, np.ndarray]:
+        """Dice (N,) of a region in the N test cases, by the finished seeds of a cell."""
+        return {run.seed: run.dice(region) for run in self.runs_of(cell)}
+
+    def families(self) -> list[list[Cell]]:
+        """List the levels of the plan by the family that they were planned in."""
+        families: dict[int, list[Cell]] = {}
+        for run in [*self.finished, *self.missing]:
+            if run.cell != BASELINE_CELL and run.cell not in families.setdefault(run.family, []):
+                families[run.family].append(run.cell)
+        return [families[number] for number in sorted(families)]
 
 
 def _cells(runs: list[Run]) -> list[Cell]:
@@ -147,8 +180,7 @@ def read_sweep(folder: Path) -> Sweep:
     """Read the plan of a sweep, and find its finished runs.
 
     Raises:
-        InputError: There is no plan or no finished run of the baseline, or two runs were tested on
-            different cases.
+        InputError: There is no plan, or two runs were tested on different cases.
     """
     path = folder / PLAN_NAME
     if not path.is_file():
@@ -159,8 +191,6 @@ def read_sweep(folder: Path) -> Sweep:
     plan = read_plan(path)
     runs = [Run.from_plan(planned, folder) for planned in plan["cells"]]
     finished = [run for run in runs if run.folder.is_finished]
-    if not any(run.cell == BASELINE_CELL for run in finished):
-        raise InputError(f"{folder}: the baseline has no finished run yet; nothing to compare with")
     for run in finished:
         if list(run.scores) != list(finished[0].scores):
             raise InputError(
@@ -169,8 +199,11 @@ def read_sweep(folder: Path) -> Sweep:
     return Sweep(
         folder=folder,
         margin=plan["report"]["margin"],
+        reason=plan["report"]["reason"],
         alpha=plan["report"]["alpha"],
         stated=plan["stated"],
+        seeds=plan["seeds"],
+        looks=[Look(**look) for look in plan["looks"]],
         commands=plan["commands"],
         finished=finished,
         missing=[run for run in runs if run not in finished],

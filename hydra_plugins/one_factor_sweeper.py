@@ -4,8 +4,9 @@
 swept key is a factor, and the first of its values is the baseline's. A cell differs from the
 baseline in one factor; all cells are repeated for every `seed`. `factors=norm,model.depth` keeps
 the other factors at their baseline. Before the first cell starts, the plan is written beside the
-runs (`plan.json`): which cells there are, and the margin that the report will judge them by. Hydra
-finds sweepers in packages called `hydra_plugins` only, hence this folder.
+runs (`plan.json`): which cells there are, their seeds, the margins that the report will judge them
+by and why, and at which looks, each with the error rate that it may spend. Hydra finds sweepers in
+packages called `hydra_plugins` only, hence this folder.
 """
 
 import shlex
@@ -35,7 +36,7 @@ PLAN_NAME = "plan.json"
 BASELINE = "baseline"
 SEED = "seed"
 FACTORS = "factors"
-CELL_KEYS = {"run", "seed", "factor", "level"}
+CELL_KEYS = {"run", "seed", "factor", "level", "family"}
 
 
 @dataclass
@@ -153,20 +154,38 @@ class OneFactorSweeper(CheckedSweeper):
     def planned(self, config: DictConfig, task: DictConfig) -> dict[str, Any]:
         """Return the entry of a cell in the plan."""
         cell = {"run": config.hydra.sweep.subdir, "seed": config.seed}
-        return {**cell, "factor": config.cell.factor, "level": config.cell.level}
+        return {**cell, "factor": config.cell.factor, "level": config.cell.level, "family": 0}
 
     def prepare(self, jobs: list[dict[str, Any]]) -> None:
         """Write the plan."""
         assert self.config is not None
+        report: Any = OmegaConf.to_container(self.config.report, resolve=True)
+        seeds = list(dict.fromkeys(job["seed"] for job in jobs))
         add_to_plan(
             Path(self.config.hydra.sweep.dir) / PLAN_NAME,
             {
                 "stated": datetime.now(UTC).isoformat(timespec="seconds"),
-                "report": OmegaConf.to_container(self.config.report, resolve=True),
+                "report": report,
+                "seeds": seeds,
+                "looks": looks_of(len(seeds), report["looks"], report["alpha"]),
                 "commands": [self.command],
                 "cells": jobs,
             },
         )
+
+
+def looks_of(seeds: int, wanted: Sequence[int], alpha: float) -> list[dict[str, float]]:
+    """Return the looks of a plan, each with the seeds that it takes and what it may spend of alpha.
+
+    They are those that are wanted before the last seed, and one after it.
+    """
+    from experiments.statistics import spending  # heavy: not for a value that cannot be used
+
+    looks = [*sorted({look for look in wanted if look < seeds}), seeds]
+    return [
+        {"seeds": look, "alpha": spent}
+        for look, spent in zip(looks, spending(looks, alpha), strict=True)
+    ]
 
 
 def only(factors: list[str] | None, levels: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -206,10 +225,12 @@ def cells(levels: dict[str, list[str]]) -> Iterator[dict[str, str]]:
 
 
 def add_to_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Write a plan. Sweeps with the same baseline and margin share a plan, and so their runs.
+    """Write a plan. Sweeps with the same baseline and margins share a plan, and so their runs.
+
+    Levels that come later are a family of their own: they change no verdict on those before.
 
     Raises:
-        CompactHydraException: The file has another baseline or another margin.
+        CompactHydraException: The file has another baseline or other margins, or lacks a seed.
         InputError: The file is no plan.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,8 +252,8 @@ def read_plan(path: Path) -> dict[str, Any]:
     if (
         not isinstance(report, dict)
         or not isinstance(report.get("margin"), dict)
-        or "alpha" not in report
-        or not {"stated", "commands"} <= set(plan)
+        or not {"alpha", "reason"} <= set(report)
+        or not {"stated", "seeds", "looks", "commands"} <= set(plan)
         or not isinstance(cells, list)
         or not all(isinstance(cell, dict) and set(cell) >= CELL_KEYS for cell in cells)
     ):
@@ -247,6 +268,11 @@ def merged(earlier: dict[str, Any], plan: dict[str, Any], path: Path) -> dict[st
             f"{path}: report is {earlier['report']} there and {plan['report']} here; what was "
             "stated before the runs stands: give this sweep a name=... of its own"
         )
+    if unplanned := [seed for seed in plan["seeds"] if seed not in earlier["seeds"]]:
+        raise CompactHydraException(
+            f"{path}: seed expected some of {earlier['seeds']}, which were planned before the "
+            f"first run, found {unplanned}: give this sweep a name=... of its own"
+        )
     for seed, run in baselines(plan).items():
         expected = baselines(earlier).get(seed, run)
         if run != expected:
@@ -255,10 +281,12 @@ def merged(earlier: dict[str, Any], plan: dict[str, Any], path: Path) -> dict[st
                 "this sweep a name=... of its own"
             )
     known = {cell["run"] for cell in earlier["cells"]}
+    family = 1 + max(cell["family"] for cell in earlier["cells"])
     return {
         **earlier,
         "commands": [*dict.fromkeys([*earlier["commands"], *plan["commands"]])],
-        "cells": earlier["cells"] + [c for c in plan["cells"] if c["run"] not in known],
+        "cells": earlier["cells"]
+        + [{**cell, "family": family} for cell in plan["cells"] if cell["run"] not in known],
     }
 
 

@@ -244,8 +244,12 @@ TRAIN_CASES = {  # base configuration -> override -> line
         "report.margin.WT=abc": "report.margin.WT: expected a number above 0, found abc",
         "report.margin.WT=0": "report.margin.WT: expected a number above 0, found 0",
         "report.margin.XX=0.1": "report.margin: expected margins for some of WT, TC, ET, found "
-        "[WT, TC, ET, XX]",
-        "report.alpha=1": "report.alpha: expected a number above 0 and below 1, found 1",
+        "[WT, TC, XX]",
+        "report.alpha=0.5": "report.alpha: expected a number above 0 and below 0.5, found 0.5",
+        "report.looks=[5,1]": "report.looks: expected a list of values, each a whole number from 2 "
+        "on, found [5, 1]",
+        "report.looks=5": "report.looks: expected a list of values, each a whole number from 2 on, "
+        "found 5",
     },
 }
 

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 
 from datamodules.phantom import FAMILIES
 from errors import InputError
-from experiments.benchmarks import hardware, realism, revisions, transfer
+from experiments.benchmarks import error_rates, hardware, realism, revisions, transfer
+from experiments.benchmarks.error_rates import Setting
 
 
 def test_scores_are_over_the_cases_that_have_a_region():
@@ -162,3 +163,35 @@ def test_a_wave_is_in_the_band_of_its_length(wavelength_mm: float):
     }
     for band, inside in bands.items():
         assert (shares[band] > 0.9) == inside
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_simulated_levels_differ_by_what_they_should(spread: float):
+    """Also if they vary more than the baseline; runs that collapse are no part of that."""
+    setting = Setting((50,), cases=100, levels=4, correlation=0.5, spread=spread, collapse=0.0)
+    differences = error_rates.at_margin(1, 4)
+    assert differences.tolist() == [[[-0.02, 0], [0.02, 0], [0, -0.03], [0, 0.03]]]
+    many = np.broadcast_to(differences, (20, 4, 2))
+    scores = error_rates.simulate(np.random.default_rng(0), setting, many)
+    means = scores.mean((-2, -1))
+    error = means.std(0, ddof=1) / np.sqrt(20)
+    assert (np.abs(means.mean(0) - differences[0]) < 4 * error).all()
+    assert (error < 0.01).all()
+
+
+def test_simulated_runs_collapse():
+    setting = Setting((4000,), cases=2, levels=1, correlation=0.5, spread=1.0, collapse=0.1)
+    scores = error_rates.simulate(np.random.default_rng(0), setting, np.zeros((1, 1, 2)))
+    assert np.mean(np.abs(scores).min((0, 1, 2, 4)) > 0.3) == pytest.approx(0.18, abs=0.06)
+
+
+def test_simulated_verdicts():
+    """What is planted is found, and no more errors are made than stated, within the noise."""
+    setting = Setting((4, 8), cases=40, levels=3, correlation=0.9, spread=1.0, collapse=0.0)
+    found = error_rates.rates(setting, families=200, seed=0)
+    assert found["planted is different"] > 0.95
+    assert found["equal is equivalent"] > 0.2
+    error = np.sqrt(0.05 * 0.95 / 200)
+    assert found["false different"] <= 0.05 + 3 * error
+    assert found["false equivalent"] <= 0.05 + 3 * error
+    assert sum(error_rates.batches(setting, 1000)) == 1000

@@ -18,14 +18,16 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+import train
 from errors import InputError
 from experiments import krivov2018, null_report
 from experiments.command import command
 from experiments.cost import Cost
-from experiments.null_report import compare_all
 from experiments.results import Results
 from experiments.run import RunFolder
 from experiments.sweep import BASELINE_CELL, Cell, read_sweep
+from experiments.verdicts import collapses, is_needless, is_settled, judge
+from hydra_plugins.one_factor_sweeper import looks_of
 from lightning_modules.callbacks import SeedEveryStep
 from tests.conftest import ROOT
 
@@ -36,12 +38,20 @@ COST = Cost(parameters=1000, widths=[8, 16], gflops=1.5, memory_mib=20.0)
 
 
 def write_run(folder: Path, scores: np.ndarray, shift: float = 0.0) -> None:
-    """Write a finished run whose Dice of every region is `scores` (N,) of N cases plus a shift."""
+    """Write a finished run whose Dice of every region is `scores` (N,) of N cases plus a shift.
+
+    There is no ET in the first case, and 5 mm3 of it are predicted there.
+    """
     folder.mkdir(parents=True)
     rows = [
-        {"case": f"case_{number}", **{f"dice_{r}": value + shift for r in ("WT", "TC", "ET")}}
+        {
+            "case": f"case_{number}",
+            **{f"dice_{r}": value + shift for r in ("WT", "TC", "ET")},
+            **{f"false_alarm_mm3_{r}": math.nan for r in ("WT", "TC", "ET")},
+        }
         for number, value in enumerate(scores)
     ]
+    rows[0] |= {"dice_ET": math.nan, "false_alarm_mm3_ET": 5.0}
     with (folder / "cases.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -69,40 +79,199 @@ BATCH, SHALLOW = Cell("norm", "batch"), Cell("model.depth", "2")
 SHIFTS = {BASELINE_CELL: 0.0, BATCH: 0.0, SHALLOW: -0.2}
 
 
-@pytest.fixture
-def sweep(tmp_path: Path) -> Path:
-    """Three seeds of a baseline, of a level that changes nothing, and of a level that harms."""
+def write_sweep(
+    folder: Path,
+    shifts: dict[Cell, float] = SHIFTS,
+    seeds: int = 3,
+    looks: tuple[int, ...] = (),
+    sd: float = 0.002,
+) -> Path:
+    """Write a finished sweep, whose cells have an own shift, and `sd` between their own seeds."""
     rng = np.random.default_rng(0)
     difficulty = rng.uniform(0.6, 0.8, 12)
+    of_seed = rng.normal(0, 0.02, seeds)  # alike in all cells
     planned = []
-    for (factor, level), shift in SHIFTS.items():
-        for seed in range(3):
+    for (factor, level), shift in shifts.items():
+        for seed in range(seeds):
             run = f"{factor}-{level}-s{seed}"
-            planned.append({"run": run, "seed": seed, "factor": factor, "level": level})
-            noise = rng.normal(0, 0.004, 12) + rng.normal(0, 0.002)
-            write_run(tmp_path / run, difficulty + noise, shift)
+            planned.append(
+                {"run": run, "seed": seed, "factor": factor, "level": level, "family": 0}
+            )
+            noise = rng.normal(0, 0.004, 12) + rng.normal(0, sd) + of_seed[seed]
+            write_run(folder / run, difficulty + noise, shift)
     plan = {
         "stated": "2020-01-01T00:00:00+00:00",
-        "report": {"margin": {"WT": 0.02, "TC": 0.02, "ET": 0.02}, "alpha": 0.05},
+        "report": {"margin": {"WT": 0.02, "TC": 0.03}, "reason": "raters", "alpha": 0.05},
+        "seeds": list(range(seeds)),
+        "looks": looks_of(seeds, looks, 0.05),
         "commands": [
             "python train.py experiment=null_report factors=norm",
             "python train.py experiment=null_report factors=model.depth",
         ],
         "cells": planned,
     }
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    return tmp_path
+    (folder / "plan.json").write_text(json.dumps(plan))
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three seeds of a baseline, of a level that changes nothing, and of a level that harms."""
+    return write_sweep(tmp_path)
+
+
+def remove(folder: Path, *patterns: str) -> None:
+    """Make finished runs unfinished."""
+    for pattern in patterns:
+        for file in folder.glob(f"{pattern}/results.json"):
+            file.unlink()
+
+
+def words(folder: Path) -> list[str]:
+    """Return the verdicts on the two levels."""
+    verdicts = judge(read_sweep(folder))
+    return [verdicts[cell].verdict for cell in (BATCH, SHALLOW)]
 
 
 def test_verdicts_of_a_planted_effect_and_of_none(sweep: Path):
-    found = compare_all(read_sweep(sweep))
-    assert len(found) == 6
-    for region in ("WT", "TC", "ET"):
-        crippled = found[SHALLOW, region]
+    found = judge(read_sweep(sweep))
+    assert [level.verdict for level in found.values()] == ["equivalent", "different"]
+    for region in ("WT", "TC"):
+        crippled = found[SHALLOW].regions[region]
+        estimate = crippled.comparison.estimate
+        low, high = estimate.interval(0.95)
         assert crippled.verdict == "different"
-        assert crippled.difference == pytest.approx(-0.2, abs=0.01)
-        assert crippled.low < -0.2 < crippled.high
-        assert found[BATCH, region].verdict == "equivalent"
+        assert estimate.difference == pytest.approx(-0.2, abs=0.01)
+        assert low < -0.2 < high
+        assert found[BATCH].regions[region].verdict == "equivalent"
+    # No run of three has collapsed: up to 63 % would still do so in one of twenty sweeps.
+    assert found[BATCH].assumption == "if at most 63% of runs collapse"
+    assert found[SHALLOW].assumption == ""
+
+
+def test_a_difference_below_the_margin_is_both(tmp_path: Path):
+    shifts = {BASELINE_CELL: 0.0, BATCH: 0.01, SHALLOW: 0.0}
+    folder = write_sweep(tmp_path, shifts, seeds=8)
+    assert words(folder) == ["different, but less than the margin", "equivalent"]
+    null_report.write_report(folder)
+    text = (folder / "report/null_report.md").read_text()
+    assert "1 equivalent; 1 different, but less than the margin; 0 undecided." in text
+
+
+def test_the_sensitivity_is_that_after_the_correction(sweep: Path):
+    """Two levels, two regions, one look."""
+    found = judge(read_sweep(sweep))[BATCH].regions["WT"]
+    estimate = found.comparison.estimate
+    assert found.detectable == estimate.detectable(0.05 / 4) > estimate.detectable(0.05)
+    assert found.provable == estimate.provable(0.05 / 2)
+
+
+def test_a_level_that_is_equivalent_in_one_region_only_is_undecided(sweep: Path):
+    path = sweep / "plan.json"
+    path.write_text(path.read_text().replace('"TC": 0.03', '"TC": 0.0001'))
+    level = judge(read_sweep(sweep))[BATCH]
+    assert level.verdict == "undecided"
+    assert [found.verdict for found in level.regions.values()] == ["equivalent", "undecided"]
+
+
+def test_verdicts_are_given_at_looks_only(tmp_path: Path):
+    """The looks are after 3 and 6 seeds; what is between them decides nothing."""
+    folder = write_sweep(tmp_path, seeds=6, looks=(3,))
+    (first, last) = read_sweep(folder).looks
+    assert (first.seeds, last.seeds) == (3, 6)
+    assert first.alpha + last.alpha == pytest.approx(0.05)
+    remove(folder, "*-s[2-5]")
+    assert words(folder) == ["undecided", "undecided"]
+    level = judge(read_sweep(folder))[SHALLOW]
+    assert (level.look, level.seeds) == (-1, 2)
+    assert math.isnan(level.regions["WT"].detectable)
+
+
+def test_a_decided_level_keeps_its_verdict_and_trains_no_more(tmp_path: Path):
+    """One level is decided at the first look; the other vacillates from seed to seed."""
+    folder = write_sweep(tmp_path, seeds=6, looks=(3,))
+    for seed, sign in zip(range(6), (1, -1) * 3, strict=True):
+        run = folder / f"norm-batch-s{seed}"
+        shutil.rmtree(run)
+        write_run(run, np.linspace(0.5, 0.8, 12), 0.1 * sign)
+    sweep = read_sweep(folder)
+    verdicts = judge(sweep)
+    assert (verdicts[SHALLOW].verdict, verdicts[SHALLOW].seeds) == ("different", 3)
+    assert (verdicts[BATCH].verdict, verdicts[BATCH].seeds) == ("undecided", 6)
+    settled = {
+        (cell, seed) for cell in SHIFTS for seed in range(6)
+        if is_settled(verdicts, sweep, cell, seed)
+    }  # fmt: skip
+    assert settled == {(SHALLOW, seed) for seed in (3, 4, 5)}  # the other needs the baseline
+    # What was trained beyond the look changes nothing, as little as what was not.
+    remove(folder, "model.depth-2-s[345]")
+    assert judge(read_sweep(folder))[SHALLOW].regions.keys() == {"WT", "TC"}
+    assert words(folder) == ["undecided", "different"]
+    null_report.write_report(folder)
+    text = (folder / "report/null_report.md").read_text()
+    assert "15 of 18 planned runs are finished" in text
+    assert "## Missing\n\nNothing." in text
+
+
+def test_a_run_that_can_change_nothing_is_needless(tmp_path: Path):
+    folder = write_sweep(tmp_path, seeds=6, looks=(3,))
+    run = RunFolder(folder / "norm-batch-s5")
+    assert is_needless(run, "norm", "batch", 5)
+    assert is_needless(run, "baseline", "baseline", 5)  # both levels are decided
+    assert not is_needless(run, "norm", "batch", 2)
+    assert not is_needless(run, "none", "none", 5)
+    assert not is_needless(RunFolder(folder / "elsewhere/run"), "norm", "batch", 5)
+    remove(folder, "*")
+    assert not is_needless(run, "norm", "batch", 5)
+
+
+def test_a_needless_run_is_not_trained(
+    composed: Callable[..., Any], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+    monkeypatch.setattr(
+        "experiments.verdicts.is_needless",
+        lambda *place, **cell: asked.append((*place, *cell.values())) or True,
+    )
+    config = composed(*tiny, "logger=csv", "cell.factor=norm", "cell.level='3'", "seed=7")
+    assert math.isnan(train.train(config))
+    folder = RunFolder(Path(config.run_dir))
+    assert asked == [(folder, "norm", "3", 7)]
+    assert not folder.is_finished
+
+
+def test_a_later_family_changes_no_verdict(sweep: Path):
+    path = sweep / "plan.json"
+    plan = json.loads(path.read_text())
+    before = judge(read_sweep(sweep))
+    for level in range(40):
+        cell = {"factor": "activation", "level": str(level), "seed": 0, "family": 1}
+        plan["cells"].append({**cell, "run": f"activation-{level}-s0"})
+    path.write_text(json.dumps(plan))
+    assert [len(family) for family in read_sweep(sweep).families()] == [2, 40]
+    after = judge(read_sweep(sweep))
+    for cell, level in before.items():
+        assert after[cell].verdict == level.verdict
+        assert after[cell].regions["WT"].provable == level.regions["WT"].provable
+
+
+def test_collapses_are_counted_by_arm(sweep: Path):
+    """One run of three never learns ET: it has Dice 0, and predicts none where there is none."""
+    shutil.rmtree(sweep / "norm-batch-s1")
+    write_run(sweep / "norm-batch-s1", np.zeros(12))
+    path = sweep / "norm-batch-s1/cases.csv"
+    path.write_text(path.read_text().replace(",5.0", ",0.0"))
+    read = read_sweep(sweep)
+    assert collapses(read, BATCH, "ET", [0, 1, 2]).count == 1
+    assert collapses(read, BATCH, "ET", [0, 2]).count == 0
+    assert collapses(read, BASELINE_CELL, "ET", [0, 1, 2]).bound == pytest.approx(
+        1 - 0.05 ** (1 / 3)
+    )
+    baseline, batch, _ = null_report.outcome_rows(read)
+    assert (baseline["collapses ET"], batch["collapses ET"]) == ("0 (≤ 63%)", "1 (≤ 86%)")
+    assert (baseline["false alarms ET"], batch["false alarms ET"]) == ("3 of 3", "2 of 3")
+    assert "false alarms WT" not in baseline  # all cases have it
+    assert words(sweep)[0] == "undecided"
 
 
 def test_report_of_a_whole_sweep(sweep: Path):
@@ -110,17 +279,25 @@ def test_report_of_a_whole_sweep(sweep: Path):
     output = sweep / "report"
     assert page == output / "null_report.html"
     text = (output / "null_report.md").read_text()
-    assert "6 comparisons with the baseline: 3 different, 3 equivalent, 0 undecided." in text
-    assert "9 of 9 runs are finished; 12 test cases" in text
+    assert (
+        "2 levels: 1 different; 1 equivalent; 0 different, but less than the margin; 0 undecided."
+        in text
+    )
+    assert "9 of 9 planned runs are finished, 12 test cases." in text
+    assert "margin of Dice WT 0.02, TC 0.03 (reason: raters)" in text
+    assert "| norm | batch | 3 | equivalent, if at most 63% of runs collapse | " in text
+    assert "| model.depth | 2 | 3 | different | -0." in text
     with (output / "null_report.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["factor"], row["region"]) for row in rows[:3]] == [
-        ("norm", "WT"),
-        ("norm", "TC"),
-        ("norm", "ET"),
+    assert [(row["factor"], row["region"], row["verdict"]) for row in rows] == [
+        ("norm", "WT", "equivalent"),
+        ("norm", "TC", "equivalent"),
+        ("model.depth", "WT", "different"),
+        ("model.depth", "TC", "different"),
     ]
     html = page.read_text()
-    assert html.count('class="verdict different"') == 3
+    colours = null_report.VERDICT_COLOURS
+    assert html.count(f'style="background: {colours["different"]}"') == 3  # level, WT and TC
     assert not re.search(r"<script|<link|<img|\bsrc=|url\(", html.replace("url(#", ""))
     targets = re.findall(r'href="([^"]*)"', html)
     assert sum(target.startswith("..") for target in targets) == 9
@@ -129,41 +306,38 @@ def test_report_of_a_whole_sweep(sweep: Path):
 
 
 def test_report_of_a_half_done_sweep(sweep: Path):
-    for run in ("model.depth-2-s0", "model.depth-2-s1", "model.depth-2-s2", "norm-batch-s2"):
-        (sweep / run / "results.json").unlink()
+    remove(sweep, "model.depth-2-s*", "norm-batch-s2")
     null_report.write_report(sweep)
     text = (sweep / "report/null_report.md").read_text()
-    assert "5 of 9 runs are finished" in text
+    assert "5 of 9 planned runs are finished" in text
     for line in (
         "- model.depth=2 seed=0 (model.depth-2-s0)",
         "- norm=batch seed=2 (",
         "python train.py experiment=null_report factors=model.depth",
     ):
         assert line in text
-    found = compare_all(read_sweep(sweep))
-    assert found[BATCH, "WT"].level_seeds == 2
+    found = judge(read_sweep(sweep))
+    comparison = found[BATCH].regions["WT"].comparison
+    assert (comparison.seeds, comparison.baseline_only) == (2, 1)
     # It was planned, so it belongs to the family, although it has no finished run.
-    assert found[SHALLOW, "WT"].level_seeds == 0
-    assert found[SHALLOW, "WT"].verdict == "undecided"
+    assert found[SHALLOW].seeds == 0
+    assert words(sweep) == ["undecided", "undecided"]
 
 
 def test_one_seed_decides_nothing(sweep: Path):
-    for run in sweep.glob("*-s[12]/results.json"):
-        run.unlink()
+    remove(sweep, "*-s[12]")
     null_report.write_report(sweep)
-    found = compare_all(read_sweep(sweep))
-    assert {comparison.verdict for comparison in found.values()} == {"undecided"}
-    assert all(math.isnan(comparison.low) for comparison in found.values())
+    found = judge(read_sweep(sweep))
+    assert {level.verdict for level in found.values()} == {"undecided"}
+    for level in found.values():
+        assert np.isnan(level.regions["WT"].comparison.estimate.interval(0.95)).all()
 
 
 def test_a_baseline_alone_is_a_report(sweep: Path):
-    for run in sweep.glob("[nm]*-s*/results.json"):
-        run.unlink()
+    remove(sweep, "[nm]*-s*")
     null_report.write_report(sweep)
-    assert (
-        "6 comparisons with the baseline: 0 different, 0 equivalent, 6 undecided"
-        in (sweep / "report/null_report.md").read_text()
-    )
+    text = (sweep / "report/null_report.md").read_text()
+    assert "0 different, but less than the margin; 2 undecided." in text
 
 
 def test_learning_curve_of_a_resumed_run(sweep: Path):
@@ -188,8 +362,7 @@ def test_what_is_no_sweep_is_one_line(tmp_path: Path):
 
 
 def test_without_a_baseline_there_is_no_report(sweep: Path):
-    for run in sweep.glob("baseline*/results.json"):
-        run.unlink()
+    remove(sweep, "baseline*")
     with pytest.raises(InputError, match="the baseline has no finished run yet"):
         null_report.main([str(sweep)])
 
@@ -198,7 +371,7 @@ def test_cells_show_unequal_budgets(sweep: Path):
     run = RunFolder(sweep / "model.depth-2-s0")
     assert Results.read(run).cost == COST
     replace(Results.read(run), cost=replace(COST, parameters=7)).write(run)
-    rows = null_report.cell_rows(read_sweep(sweep))
+    rows = null_report.cost_rows(read_sweep(sweep))
     assert [row["parameters"] for row in rows] == ["1,000", "1,000", "7"]
 
 
@@ -256,7 +429,7 @@ def test_a_killed_sweep_ends_with_the_same_table(
         assert run_sweep(tmp_path / "killed", *arguments) == 1
     # The report is written all the same.
     text = (tmp_path / "killed/report/null_report.md").read_text()
-    assert "3 of 4 runs are finished" in text
+    assert "3 of 4 planned runs are finished" in text
     (missing,) = [
         run for run in (tmp_path / "killed").glob("aeunet-*") if not RunFolder(run).is_finished
     ]

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
-from hydra_plugins.one_factor_sweeper import add_to_plan, cells, only
+from hydra_plugins.one_factor_sweeper import add_to_plan, cells, looks_of, only
 from tests.conftest import ROOT
 
 
@@ -77,7 +77,7 @@ def test_an_unknown_factor_is_one_line(tmp_path: Path, factors: str):
 
 def test_the_null_report_has_the_axes_of_the_paper(null_report: DictConfig):
     assert dict(null_report.hydra.sweeper.params) == {
-        "seed": "0,1,2",
+        "seed": "range(0,16)",
         "downsampling": "stride,avg,max",
         "filters.ratio": "2,1.5,2.5,3",
         "model.bottleneck": "128,32,64,256,512",
@@ -101,14 +101,42 @@ def test_the_place_of_a_cell_in_a_sweep_does_not_change_the_name_of_its_run(
     assert len(names) == 1
 
 
-def plan_of(*runs: tuple[str, str], margin: float = 0.02, command: str = "first") -> dict:
+def plan_of(
+    *runs: tuple[str, str],
+    margin: float = 0.02,
+    command: str = "first",
+    seeds: tuple[int, ...] = (0,),
+) -> dict:
     """Make a plan of runs, each with the factor that it varies."""
     return {
         "stated": command,
-        "report": {"margin": {"WT": margin}, "alpha": 0.05},
+        "report": {"margin": {"WT": margin}, "reason": "raters", "alpha": 0.05},
+        "seeds": list(seeds),
+        "looks": looks_of(len(seeds), [], 0.05),
         "commands": [command],
-        "cells": [{"run": run, "seed": 0, "factor": f, "level": f} for run, f in runs],
+        "cells": [{"run": run, "seed": 0, "factor": f, "level": f, "family": 0} for run, f in runs],
     }
+
+
+def test_the_last_look_is_after_the_last_seed():
+    """It spends what is left of the error rate; looks that are not reached are left out."""
+    looks = looks_of(10, [12, 5], 0.04)
+    assert [look["seeds"] for look in looks] == [5, 10]
+    assert [look["alpha"] for look in looks] == pytest.approx([0.01, 0.03])
+    assert looks_of(3, [5, 8], 0.05) == [{"seeds": 3, "alpha": 0.05}]
+
+
+def test_a_plan_takes_no_seed_that_was_not_planned(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    base, level = ("base", "baseline"), ("b", "norm")
+    add_to_plan(path, plan_of(base, seeds=(0, 1, 2)))
+    before = json.loads(path.read_text())
+    with pytest.raises(CompactHydraException, match=r"seed expected some of \[0, 1, 2\].*\[3\]"):
+        add_to_plan(path, plan_of(base, seeds=(2, 3)))
+    assert json.loads(path.read_text()) == before
+    add_to_plan(path, plan_of(base, level, seeds=(1, 0)))  # a part of them, as to share the work
+    plan = json.loads(path.read_text())
+    assert (plan["seeds"], plan["looks"]) == (before["seeds"], before["looks"])
 
 
 def test_sweeps_with_one_baseline_share_a_plan(tmp_path: Path):
@@ -117,6 +145,7 @@ def test_sweeps_with_one_baseline_share_a_plan(tmp_path: Path):
     add_to_plan(path, plan_of(("base", "baseline"), ("c", "model.depth"), command="second"))
     plan = json.loads(path.read_text())
     assert [cell["run"] for cell in plan["cells"]] == ["base", "b", "c"]
+    assert [cell["family"] for cell in plan["cells"]] == [0, 0, 1]
     assert plan["stated"] == "first"
     assert plan["commands"] == ["first", "second"]
     assert {file.name for file in path.parent.iterdir()} == {"plan.json", ".plan.json.lock"}

@@ -8,7 +8,7 @@ from scipy.ndimage import binary_dilation
 from datamodules.phantom import MODALITIES, Phantom, make_phantom
 from datamodules.phantom.anatomy import Tissue, build_geometry, healthy_tissue
 from datamodules.phantom.fields import Grid, RandomStreams
-from datamodules.phantom.pathology import draw_enhancement, draw_foci, draw_grade
+from datamodules.phantom.gliomas import draw_enhancement, draw_foci, draw_grade
 from datamodules.phantom.ranges import CHANCES
 from datamodules.phantom.shape import draw_warp
 

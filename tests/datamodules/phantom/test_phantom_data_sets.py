@@ -60,6 +60,7 @@ def test_files(written: Path) -> None:
         "spacing_mm": 6.0,
         "kind": "glioma",
         "modalities": sorted(MODALITIES),
+        "families": ["classic"],
     }
 
 

@@ -7,7 +7,7 @@ from scipy.ndimage import binary_dilation
 from datamodules.phantom.anatomy import Tissue, build_geometry, healthy_tissue
 from datamodules.phantom.atlas import HEAD, load_atlas
 from datamodules.phantom.fields import Grid, RandomStreams
-from datamodules.phantom.pathology import draw_foci
+from datamodules.phantom.gliomas import draw_foci
 from datamodules.phantom.ranges import RANGES
 from datamodules.phantom.scanner import draw_brain_mask
 from datamodules.phantom.shape import Deformation, Warp, draw_warp

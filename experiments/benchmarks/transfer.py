@@ -30,27 +30,24 @@ class Step(NamedTuple):
     """A way to train.
 
     Attributes:
-        does: What it adds to the step before.
+        does: What it adds to the step before; for one with "wide" in its name, to that without.
         families: Phantoms that it trains on, 64 in all.
         overrides: Of the command line.
     """
 
     does: str
     families: tuple[str, ...]
-    overrides: tuple[str, ...] = ("augmentation=wide",)
+    overrides: tuple[str, ...] = ("augmentation=wide_intensity",)
 
 
 STEPS = {
     "spatial": Step("scaling and flips", ("classic",), ()),
-    "intensities": Step(
-        "scale .6 to 1.6, shift, noise",
-        ("classic",),
-        ("augmentation=wide_intensity",),
-    ),
-    "wide": Step("all of `augmentation=wide`", ("classic",)),
+    "intensities": Step("scale .6 to 1.6, shift, noise", ("classic",)),
+    "wide": Step("all of `augmentation=wide`", ("classic",), ("augmentation=wide",)),
     "borders": Step("soft oedema, a rater's smooth line", ("borders",)),
     "cores": Step("isointense, cystic, bloody, nodular cores", ("cores",)),
     "creeping": Step("small, cortical tumours; more that looks like some", ("creeping",)),
+    "creeping, wide": Step("all of `augmentation=wide`", ("creeping",), ("augmentation=wide",)),
     "two families": Step("half of the cases `swelling`", ("creeping", "swelling")),
 }
 
@@ -112,7 +109,7 @@ def trained(name: str, seed: int, output: Path, overrides: Sequence[str]) -> Pat
     """
     step = STEPS[name]
     root = output / f"train-{'-'.join(step.families)}"
-    folder = output / f"{name.replace(' ', '-')}-s{seed}"
+    folder = output / f"{name.replace(', ', '-').replace(' ', '-')}-s{seed}"
     if not (folder / "results.json").is_file():
         logging.info("%s: training, seed %d", name, seed)
         data = [f"data.data_set.root={root}", f"data.data_set.families=[{','.join(step.families)}]"]

@@ -101,7 +101,6 @@ RULES: dict[str, Rule] = {
     "activation.negative_slope": number(),
     "activation.inplace": flag,
     # Patches and data.
-    "patches.spacing_mm": number(0.5, 8),
     "patches.size": sides,
     "patches.window": sides,
     "patches.overlap": number(0, below=1),

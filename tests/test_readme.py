@@ -114,20 +114,20 @@ def test_python(
 
 @pytest.mark.process
 @pytest.mark.parametrize("command", REAL_SCANS)
-def test_networks_for_real_scans_train_on_phantoms_of_three_families(command: str, tmp_path: Path):
-    small = "size=68" if "dnet" in command else "size=16"
+def test_a_network_for_real_scans_trains_on_families_of_phantoms(command: str, tmp_path: Path):
     words = [
         *shlex.split(command)[1:],
-        *("patches.spacing_mm=6", f"patches.{small}", "filters.base=8", "data.data_set.count=3"),
-        *(f"data.data_set.root={tmp_path}/data", f"data.cache.root={tmp_path}/cache", "seed=0"),
-        *("split.validation=0", "split.test=0", "patches.per_epoch=4", "patches.epochs=1"),
-        *("patches.epochs_per_validation=1", "logger=csv", f"hydra.sweep.dir={tmp_path}/runs"),
+        *("data.data_set.spacing_mm=6", "data.data_set.families=[creeping,swelling]"),
+        *(f"data.data_set.root={tmp_path}/data", f"data.cache.root={tmp_path}/cache"),
+        *("data.data_set.count=3", "split.validation=0", "split.test=0", "patches.size=16"),
+        *("patches.window=16", "patches.per_epoch=4", "patches.epochs=1", "logger=csv"),
+        *("patches.epochs_per_validation=1", f"hydra.run.dir={tmp_path}/run"),
     ]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((tmp_path / "runs").glob("*/best.ckpt"))) == 1
+    assert (tmp_path / "run" / "best.ckpt").is_file()
     families = json.loads((tmp_path / "data" / "phantoms.json").read_text())["families"]
-    assert families == ["classic", "creeping", "swelling"]
+    assert families == ["creeping", "swelling"]
 
 
 @pytest.mark.process

@@ -91,7 +91,9 @@ def test_air_has_the_same_logits_in_one_pass_and_in_tiles(dnet: DNet):
     torch.testing.assert_close(one, tiled, rtol=1e-4, atol=1e-5)
     air = torch.ones(one.shape[2:], dtype=torch.bool)
     air[2:4, 1:3, 0:3] = False
-    assert (one[..., air] == one[..., :1, :1, 0]).all()
+    # To the last bit but one: where a tile ends, processors with wide vectors round in another way.
+    in_air = one[..., air]
+    torch.testing.assert_close(in_air, in_air[..., :1].expand_as(in_air), rtol=2e-7, atol=0)
 
 
 class OwnBox(nn.Module):

@@ -159,6 +159,7 @@ RULES: dict[str, Rule] = {
     "loss.kl_weight": at_least_0,
     "loss.kl_voxels": whole(1),
     "loss*.smooth_mm3": at_least_0,
+    "loss*.cross_entropy_weight": at_least_0,
     "region_weights.*": positive,
     "optimizer.lr": at_least_0,
     "optimizer.weight_decay": at_least_0,

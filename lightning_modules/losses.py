@@ -101,7 +101,10 @@ def gaussian_kl(latent: Latent, voxels: int) -> Float[Tensor, ""]:
 
 
 class RegionDice(nn.Module):
-    """Weighted sum of the soft Dice losses of all regions.
+    """Weighted sum of the soft Dice losses of all regions, and of their cross entropies if asked.
+
+    Soft Dice is nearly the same for a sure and an unsure voxel at a border, and cross entropy is
+    not: with both, as nnU-Net has them, probabilities say more of how often a voxel is tumour.
 
     Args:
         weights: Weight of each region, by name.
@@ -109,6 +112,8 @@ class RegionDice(nn.Module):
         smooth_mm3: The s of equation 1 as a volume; on a coarser grid, the paper's 100 voxels would
             outweigh small regions.
         spacing_mm: Edge of a voxel in mm.
+        cross_entropy_weight: Weight of a region's cross entropy, the mean over its voxels, next to
+            its Dice; 0 is the paper's loss.
 
     Raises:
         ValueError: The names of the weights are not those of the regions.
@@ -120,6 +125,7 @@ class RegionDice(nn.Module):
         regions: Sequence[str],
         smooth_mm3: float = PAPER_SMOOTH_MM3,
         spacing_mm: float = 1.0,
+        cross_entropy_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if set(weights) != set(regions):
@@ -129,14 +135,19 @@ class RegionDice(nn.Module):
             )
         self.regions = list(regions)
         self.smooth = smooth_mm3 / spacing_mm**3
+        self.cross_entropy_weight = cross_entropy_weight
         self.weights: Tensor
         by_channel = torch.tensor([weights[region] for region in regions])
         self.register_buffer("weights", by_channel, persistent=False)
 
     def forward(self, output: Any, batch: Mapping[str, Any]) -> Terms:  # noqa: ANN401
-        """Return `dice_<region>` of each region, unweighted, and their weighted sum, `loss`."""
+        """Return `dice_<region>` of each region, unweighted, and the weighted sum, `loss`.
+
+        With a weight of its own, `cross_entropy` is there too: the weighted sum over the regions.
+        """
         by_region = soft_dice(output.logits, batch["mask"], self.smooth)
-        return {**self._by_name(by_region), "loss": (self.weights * by_region).sum()}
+        dice = (self.weights * by_region).sum()
+        return self._with_cross_entropy(output.logits, batch["mask"], by_region, dice)
 
     def on_volume(self, logits: Float[Tensor, "b r x y z"], batch: Mapping[str, Any]) -> Terms:
         """Return `dice_<region>` of each region, and their `loss` over the regions that a case has.
@@ -148,10 +159,24 @@ class RegionDice(nn.Module):
         by_case = soft_dice_by_case(logits, batch["mask"], self.smooth)
         weights = self.weights * batch["mask"].flatten(2).any(-1)
         case_loss = (weights * by_case).sum(1) / weights.sum(1).clamp(min=1e-6)
-        return {**self._by_name(by_case.mean(0)), "loss": case_loss.mean() * self.weights.sum()}
+        dice = case_loss.mean() * self.weights.sum()
+        return self._with_cross_entropy(logits, batch["mask"], by_case.mean(0), dice)
 
-    def _by_name(self, by_region: Float[Tensor, " r"]) -> Terms:
-        return dict(zip((f"dice_{region}" for region in self.regions), by_region, strict=True))
+    def _with_cross_entropy(
+        self,
+        logits: Float[Tensor, "b r x y z"],
+        mask: Shaped[Tensor, "b r x y z"],
+        by_region: Float[Tensor, " r"],
+        dice: Float[Tensor, ""],
+    ) -> Terms:
+        names = (f"dice_{region}" for region in self.regions)
+        terms = dict(zip(names, by_region, strict=True))
+        if not self.cross_entropy_weight:
+            return {**terms, "loss": dice}
+        by_voxel = F.binary_cross_entropy_with_logits(logits.float(), mask.float(), reduction="none")
+        entropy = (self.weights * by_voxel.mean((0, 2, 3, 4))).sum()
+        loss = dice + self.cross_entropy_weight * entropy
+        return {**terms, "cross_entropy": entropy, "loss": loss}
 
 
 class AutoencoderLoss(nn.Module):

@@ -46,7 +46,7 @@ BORDERS = CLASSIC.but(
     chances={"fluid": 0.0, "blood": 0.0, "nodular": 0.0},
 )
 CORES = BORDERS.but(
-    chances={"fluid": 0.35, "blood": 0.15, "nodular": 0.3, "isointense_core": 0.3},
+    chances={"fluid": 0.35, "blood": 0.15, "nodular": 0.3, "isointense_core": 0.15},
 )
 CREEPING = CORES.but(
     contrast={"vessel": ((0.45, 1.10), (1.30, 3.0), (0.40, 1.10), (0.40, 1.00))},
@@ -58,7 +58,7 @@ CREEPING = CORES.but(
         "oedema_ratio_hgg": (0.5, 4.0),
         "regional": (0.0, 0.12),
     },
-    chances={"cortical": 0.4, "hyperintensities": 0.6, "glow": 0.6},
+    chances={"cortical": 0.4, "hyperintensities": 0.6, "glow": 0.6, "flow": 0.5},
 )
 SWELLING = CREEPING.but(
     ranges={
@@ -71,6 +71,7 @@ SWELLING = CREEPING.but(
         "sulcus_mm": (0.6, 2.2),
         "gyrus_mm": (3.2, 6.5),
     },
+    chances={"isointense_core": 0.3},
     folding=0.5,
 ).widened(0.1)
 INFILTRATING = CREEPING.but(

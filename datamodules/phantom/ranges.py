@@ -84,6 +84,7 @@ RANGES = {
     "bias": (0.01, 0.16),  # standard deviation of the logarithm of the bias field
     "regional": (0.0, 0.0),  # the same, of what differs from region to region, whatever the coil
     "glow": (0.0, 0.3),  # of what glows on FLAIR, in units of white matter
+    "flow": (0.0, 1.0),  # of moving fluid on FLAIR, in units of white matter, added to that of CSF
     "misregistration_mm": (0.0, 0.6),  # per axis
     "slice_mm": (3.0, 6.0),
     "blur_mm": (0.0, 0.7),
@@ -127,6 +128,7 @@ CHANCES = {
     "multifocal": 0.2,
     "hyperintensities": 0.3,  # small, in healthy white matter; not labelled
     "glow": 0.0,  # of healthy brainstem, thalamus and limbic cortex on FLAIR; not labelled
+    "flow": 0.0,  # fluid that moves is bright on FLAIR, in ventricles and cisterns; not labelled
     "cut_field_of_view": 0.1,
     "ringing": 0.35,  # spline resampling: overshoot, negative voxels
     "tenfold_modality": 0.15,  # one modality has ten times the intensities of the others
@@ -145,8 +147,21 @@ GLOWING_MM = (
     ((38.0, 2.0, 2.0), (7.0, 18.0, 12.0)),  # insula
     ((26.0, -20.0, -15.0), (8.0, 16.0, 8.0)),  # hippocampus and amygdala
     ((4.0, 12.0, 28.0), (7.0, 26.0, 12.0)),  # cingulate cortex
+    ((3.0, -2.0, -10.0), (6.0, 9.0, 7.0)),  # hypothalamus and subcallosal cortex
 )
 GLOW = {"t1": 0.0, "t1ce": 0.0, "t2": 0.7, "flair": 1.0}
+
+# Where moving fluid is often bright on FLAIR, because it was not inverted where it is excited
+# (Bakshi et al. 2000, "Intraventricular CSF pulsation artifact on fast fluid-attenuated inversion-
+# recovery MR images"): position and extent as above.
+FLOWING_MM = (
+    ((0.0, -8.0, -4.0), (5.0, 12.0, 9.0)),  # third ventricle
+    ((0.0, -44.0, -32.0), (9.0, 8.0, 12.0)),  # fourth ventricle
+    ((8.0, 2.0, 10.0), (6.0, 8.0, 6.0)),  # foramina of Monro
+    ((0.0, 2.0, -20.0), (14.0, 12.0, 8.0)),  # suprasellar cistern
+    ((0.0, -14.0, -40.0), (14.0, 8.0, 16.0)),  # in front of the pons
+    ((12.0, -30.0, -12.0), (10.0, 10.0, 8.0)),  # around the midbrain
+)
 
 # The number of metastases follows a gamma distribution, rounded down: about one case in twelve has
 # none, and the median is 4. Their radius is log-normal.

@@ -1,11 +1,13 @@
 """Image formation: from tissue and lesions to the skull-stripped integers of a file."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from datamodules.phantom.anatomy import Tissue
 from datamodules.phantom.fields import Grid, RandomStreams, draw_triangular, sigmoid
 from datamodules.phantom.pathology import PathologyMaps
-from datamodules.phantom.ranges import GLOW, GLOWING_MM, MODALITIES
+from datamodules.phantom.ranges import FLOWING_MM, GLOW, GLOWING_MM, MODALITIES
 
 
 def class_maps(
@@ -35,7 +37,8 @@ def class_maps(
         "gm": healthy * tissue.grey,
         "csf": healthy * tissue.csf,
         "bright": healthy * bright,
-        "glow": healthy * _glow(random, tissue),
+        "glow": healthy * (1 - tissue.csf) * _places(random, tissue, "glow", GLOWING_MM),
+        "flow": healthy * tissue.csf * _places(random, tissue, "flow", FLOWING_MM),
         "oedema": pathology.oedema,
         "core": solid,
         "enhancing": pathology.enhancing,
@@ -75,13 +78,25 @@ def _unlabelled_structures(
     )
 
 
-def _glow(random: RandomStreams, tissue: Tissue) -> np.ndarray:
-    """Return how much healthy tissue glows (X, Y, Z), 0 to 1, each structure as much as drawn."""
-    glow = np.zeros_like(tissue.white)
-    if not random.has("glow"):
-        return glow
-    generator = random.generator("glowing")
-    for centre_mm, extent_mm in GLOWING_MM:
+def _places(
+    random: RandomStreams,
+    tissue: Tissue,
+    name: str,
+    places_mm: Sequence[tuple[tuple[float, float, float], tuple[float, float, float]]],
+) -> np.ndarray:
+    """Return how much is bright on both sides of some places (X, Y, Z), each as much as drawn.
+
+    Args:
+        random: Random numbers of the case.
+        tissue: Healthy tissue.
+        name: Chance of a case to have any.
+        places_mm: MNI position on the right, and extent along each axis, of each.
+    """
+    found = np.zeros_like(tissue.white)
+    if not random.has(name):
+        return found
+    generator = random.generator(f"{name}ing")
+    for centre_mm, extent_mm in places_mm:
         strength = np.float32(generator.random())
         for side in (-1, 1) if centre_mm[0] else (1,):
             square = sum(
@@ -90,8 +105,8 @@ def _glow(random: RandomStreams, tissue: Tissue) -> np.ndarray:
                     tissue.mni_mm, (side, 1, 1), centre_mm, extent_mm, strict=True
                 )
             )
-            glow = np.maximum(glow, strength * np.exp(-square / 2))
-    return glow * (1 - tissue.csf)
+            found = np.maximum(found, strength * np.exp(-square / 2))
+    return found
 
 
 def ideal_image(
@@ -124,6 +139,7 @@ def _draw_intensities(random: RandomStreams, modality: str) -> dict[str, float]:
     if random.has("cyst"):
         weights["core"] = weights["cyst"]
     weights["glow"] = GLOW[modality] * random.draw("glow")
+    weights["flow"] = random.draw("flow") if modality == "flair" else 0.0
     weights["blood"] = random.draw("blood", modality)
     weights["white"] = 1.0
     for name, limits in random.laws.texture.items():

@@ -91,6 +91,23 @@ def test_region_dice_is_the_weighted_sum_and_names_every_region():
         torch.testing.assert_close(terms["loss"], 0.5 * wt + 0.2 * et)
 
 
+def test_cross_entropy_next_to_dice_is_the_weighted_mean_of_minus_the_logs():
+    loss, plain = (
+        RegionDice({"WT": 0.5, "ET": 0.2}, ["WT", "ET"], cross_entropy_weight=weight)
+        for weight in (3.0, 0.0)
+    )
+    logits, batch = torch.randn(2, 2, 4, 4, 4), {"mask": random_masks(2, 2, 4, 4, 4)}
+    right = torch.where(batch["mask"], logits.sigmoid(), 1 - logits.sigmoid())
+    wt, et = -right.log().mean(dim=(0, 2, 3, 4))
+    for terms, without in (
+        (loss(Segmentation(logits), batch), plain(Segmentation(logits), batch)),
+        (loss.on_volume(logits, batch), plain.on_volume(logits, batch)),
+    ):
+        assert list(terms) == ["dice_WT", "dice_ET", "cross_entropy", "loss"]
+        torch.testing.assert_close(terms["cross_entropy"], 0.5 * wt + 0.2 * et)
+        torch.testing.assert_close(terms["loss"], without["loss"] + 3 * terms["cross_entropy"])
+
+
 def test_weights_belong_to_regions_by_name_whatever_their_order():
     logits, batch = torch.randn(1, 2, 4, 4, 4), {"mask": random_masks(1, 2, 4, 4, 4)}
     terms = RegionDice({"ET": 0.2, "WT": 0.5}, ["WT", "ET"]).on_volume(logits, batch)

@@ -138,6 +138,29 @@ def test_healthy_tissue_glows_where_the_atlas_says_and_not_by_default():
     assert at(25, 45, 30) < 0.01  # frontal white matter
 
 
+def test_fluid_that_moves_is_bright_on_flair_alone(monkeypatch: pytest.MonkeyPatch):
+    laws = CREEPING.but(
+        chances={"flow": 1.0, "glow": 0.0},
+        ranges={"flow": (2.0, 2.0), "noise": (0, 0.001), "misregistration_mm": (0, 0)},
+    )
+    kind = FAMILIES["classic"].kinds["metastases"]
+    _, classes, mni_mm = maps_of(laws, kind)
+    flow = classes["flow"]
+    distance_mm = np.linalg.norm(mni_mm.T - [0, -8, -4], axis=-1).T
+    assert flow[distance_mm < 10].max() > 0.05  # third ventricle
+    assert flow[distance_mm > 90].max() < 1e-6
+    assert np.all(flow <= classes["csf"])
+
+    images = {}
+    for chance in (0.0, 1.0):
+        tried = Family(laws.but(chances={"flow": chance}), {"metastases": kind})
+        monkeypatch.setitem(FAMILIES, "tried", tried)
+        images[chance] = make_phantom(0, 0, 5.0, "metastases", family="tried").images
+    brighter = {name: images[1.0][name] - images[0.0][name] for name in images[0.0]}
+    assert brighter["flair"].max() > 50
+    assert not any(brighter[name].any() for name in ("t1", "t1ce", "t2"))
+
+
 def test_uneven_metastases_without_unevenness_are_balls():
     laws = BORDERS.but(
         ranges={"metastasis_rugged": (0.0, 0.0), "metastasis_elongation": (1.0, 1.0)}

@@ -57,6 +57,7 @@ CREEPING = CORES.but(
         "lobes_mm": (0.5, 4.0),
         "oedema_ratio_hgg": (0.5, 4.0),
         "regional": (0.0, 0.12),
+        "blur_mm": (0.0, 1.6),
     },
     chances={"cortical": 0.4, "hyperintensities": 0.6, "glow": 0.6, "flow": 0.5},
 )

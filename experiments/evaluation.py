@@ -100,13 +100,16 @@ def chosen_point(trained: Predictor, options: Mapping[str, Any]) -> OperatingPoi
         options: The values of conf/evaluate.yaml.
     """
     tuning = cases_of_part(trained.data_set.cases(), options["tuned_on"], networks_of(options))
-    point = best_point(trained, tuning, options["least_volume"])
+    point = best_point(trained, tuning, options["least_volume"], options["with_core"])
     point.write(Path(options["output"]) / THRESHOLDS_NAME, trained.networks)
     return point
 
 
 def best_point(
-    predictor: Predictor, cases: Sequence[Case], with_least_volume: Sequence[str]
+    predictor: Predictor,
+    cases: Sequence[Case],
+    with_least_volume: Sequence[str],
+    with_core: Sequence[str] = (),
 ) -> OperatingPoint:
     """Find the thresholds, and least volumes of some regions, with the best mean Dice on cases."""
     data_set = predictor.data_set
@@ -114,7 +117,7 @@ def best_point(
     for case in track(cases, "choosing thresholds"):
         estimate = predictor.estimate(case)
         candidates.add(estimate.probabilities, data_set.to_regions(estimate.volume.labels))
-    point = candidates.best(with_least_volume)
+    point = candidates.best(with_least_volume, with_core)
     without = replace(point, least_mm3={})
     for region, value in candidates.mean_dice(without).items():
         having = candidates.cases_with(region)

@@ -1,8 +1,9 @@
-"""From probabilities to masks: a threshold and a least volume for each region.
+"""From probabilities to masks: a threshold, a least volume and a condition for each region.
 
-Both are chosen on validation or training cases and kept in a file with the ensemble that they were
-chosen for (Frey & Nau 2019, section 2.3): the threshold by the mean Dice over the cases that have
-the region, the least volume by the false alarms in the cases that do not.
+Both numbers are chosen on validation or training cases and kept in a file with the ensemble that
+they were chosen for (Frey & Nau 2019, section 2.3): the threshold by the mean Dice over the cases
+that have the region, the least volume by the false alarms in the cases that do not. The condition,
+that oedema lies around a tumour core, is ours, and is asked for.
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy as np
 from errors import InputError
 from files import read_json, write_json
 
+CORE = "TC"  # what each component of the regions around it holds
 THRESHOLDS_NAME = "thresholds.json"  # the file of an operating point
 PAPER = {"WT": 0.55, "TC": 0.5, "ET": 0.4}
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -33,10 +35,12 @@ class OperatingPoint:
         thresholds: Probability by region.
         least_mm3: Volume by region. A smaller one is taken for a false alarm, and its voxels go to
             the region around it. A region that is not named has no least volume.
+        with_core: Regions of which only components with tumour core are kept, see `with_core`.
     """
 
     thresholds: Mapping[str, float]
     least_mm3: Mapping[str, float] = field(default_factory=dict)
+    with_core: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for region, threshold in self.thresholds.items():
@@ -94,7 +98,8 @@ class OperatingPoint:
         """
         content = read_json(path, f"evaluate.py writes such a file, {THRESHOLDS_NAME}")
         try:
-            point = cls(content["thresholds"], content["least_mm3"])
+            cored = content.get("with_core", ())  # no file from before 2026-12 has it
+            point = cls(content["thresholds"], content["least_mm3"], tuple(cored))
             chosen_for = dict(content["chosen_for"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -150,7 +155,34 @@ class OperatingPoint:
                 )  # fmt: skip
             else:
                 mask[:] = False
+        found = with_core(found, regions, self.with_core)
         return without_small(found, regions, self.least_mm3, voxel_mm3)
+
+
+def with_core(masks: np.ndarray, regions: Sequence[str], cored: Sequence[str]) -> np.ndarray:
+    """Leave out components of regions without tumour core; if all are, keep the largest.
+
+    What is bright on FLAIR and has no core is seldom a tumour. Voxels that share a corner are of
+    one component.
+
+    Args:
+        masks: (R, X, Y, Z) of the regions.
+        regions: Their names, the core's among them if any is `cored`.
+        cored: Names of the regions that are treated so.
+    """
+    from scipy.ndimage import label
+
+    kept = masks.copy()
+    for region in cored:
+        mask = masks[list(regions).index(region)]
+        components, count = label(mask, np.ones((3, 3, 3)))
+        if count:
+            core = masks[list(regions).index(CORE)]
+            held = np.unique(components[core & mask])
+            largest = np.bincount(components.ravel())[1:].argmax() + 1
+            chosen = held if held.size else [largest]
+            kept[list(regions).index(region)] = np.isin(components, chosen)
+    return kept
 
 
 def without_small(
@@ -203,7 +235,9 @@ class Candidates:
         self.dice.append(np.stack(dice))
         self.false_alarms.append(np.stack(false_alarms))
 
-    def best(self, with_least_volume: Sequence[str] = ()) -> OperatingPoint:
+    def best(
+        self, with_least_volume: Sequence[str] = (), with_core: Sequence[str] = ()
+    ) -> OperatingPoint:
         """Find the thresholds with the best mean Dice; of equals the one nearest to 0.5.
 
         A least volume is the smallest one with the fewest false alarms, of those that cost little
@@ -211,6 +245,8 @@ class Candidates:
 
         Args:
             with_least_volume: Regions that get a least volume too.
+            with_core: Regions of which only components with tumour core are kept. The thresholds
+                are chosen as if all were.
         """
         thresholds: dict[str, float] = {}
         least_mm3: dict[str, float] = {}
@@ -225,7 +261,7 @@ class Candidates:
                 cheap |= np.isnan(scores[threshold])
                 alarms_left = np.where(cheap, np.nan_to_num(alarms[threshold]), np.inf)
                 least_mm3[region] = LEAST_MM3[int(alarms_left.argmin())]
-        return OperatingPoint(thresholds, least_mm3)
+        return OperatingPoint(thresholds, least_mm3, tuple(with_core))
 
     def mean_dice(self, point: OperatingPoint) -> dict[str, float]:
         """Mean Dice of each region over the cases that have it, at a point of this grid."""

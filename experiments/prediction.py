@@ -21,7 +21,7 @@ from datamodules.preprocessing import Volume, restore
 from errors import InputError
 from experiments.cascade import Where, where_of
 from experiments.combinations import check_writable
-from experiments.operating_point import OperatingPoint
+from experiments.operating_point import OperatingPoint, with_core
 from experiments.tables import CaseRows
 from experiments.trained import Trained, find_checkpoints, networks_of, own_thresholds
 from files import read_json, write_json, written_whole
@@ -321,7 +321,8 @@ class Predictor:
         thresholds = np.array([self.point.thresholds[region] for region in regions])
         expected_dice = dict(zip(regions, estimate.expected_dice.tolist(), strict=True))
         told = []
-        masks = {"prediction": estimate.probabilities > thresholds[:, None, None, None]}
+        seen = estimate.probabilities > thresholds[:, None, None, None]
+        masks = {"prediction": with_core(seen, regions, self.point.with_core)}
         if case.mask is not None:
             masks = {"truth": data_set.to_regions(volume.labels), **masks}
             told.append(dice_of_file(written, case, data_set))

@@ -243,6 +243,7 @@ RULES: dict[str, Rule] = {
     "cases": one_of(*PARTS, "all"),
     "predictions": either(nothing, text),
     "tuned_on": one_of("validation", "train"),
+    "with_core": choice("WT", least=0),
     "least_volume": choice(*REGIONS["BraTS"], *REGIONS["Metastases"], least=0),
     "convention": Rule(one_of(*CONVENTIONS).expected, lambda value: str(value) in CONVENTIONS),
     "wandb": one_of("online", "offline", "disabled"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from errors import InputError
 from experiments.command import command
-from experiments.operating_point import THRESHOLDS_NAME
+from experiments.operating_point import CORE, THRESHOLDS_NAME
 from experiments.run import finished_runs
 
 
@@ -57,6 +57,9 @@ def write_weights(runs: Path, output: Path, *, half: bool = False) -> list[Path]
 def write_thresholds(runs: Path, output: Path) -> None:
     """Choose thresholds, and a least volume of ET, as evaluate.py does, and write them to weights.
 
+    Of WT only components with tumour core are kept, because that is what carries over to scans that
+    differ from those of the training (experiments/results/transfer).
+
     Args:
         runs: Folder of a run, or of several, whose data are where they were in training.
         output: Folder of their weights.
@@ -74,8 +77,11 @@ def write_thresholds(runs: Path, output: Path) -> None:
         for folder in (runs, output)
     )
     cases = cases_of_part(trained.cases(), "validation", runs)
-    least_volume = [region for region in ("ET",) if region in trained.data_set.regions]
-    best_point(trained, cases, least_volume).write(output / THRESHOLDS_NAME, written.networks)
+    regions = trained.data_set.regions
+    least_volume = [region for region in ("ET",) if region in regions]
+    with_core = ["WT"] if {"WT", CORE} <= set(regions) else []
+    point = best_point(trained, cases, least_volume, with_core)
+    point.write(output / THRESHOLDS_NAME, written.networks)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,9 @@ class RegionDice(nn.Module):
         terms = dict(zip(names, by_region, strict=True))
         if not self.cross_entropy_weight:
             return {**terms, "loss": dice}
-        by_voxel = F.binary_cross_entropy_with_logits(logits.float(), mask.float(), reduction="none")
+        by_voxel = F.binary_cross_entropy_with_logits(
+            logits.float(), mask.float(), reduction="none"
+        )
         entropy = (self.weights * by_voxel.mean((0, 2, 3, 4))).sum()
         loss = dice + self.cross_entropy_weight * entropy
         return {**terms, "cross_entropy": entropy, "loss": loss}

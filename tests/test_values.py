@@ -307,6 +307,7 @@ def test_a_value_of_train_that_cannot_be_used_is_one_line(
         ("predict", ["output=FILE"], "output: expected a folder to write to, found the file "),
         ("predict", ["output=FILE/deeper"], "output: expected a folder to write to, found the fi"),
         ("predict", ["~output", "+output=???"], "output: expected a text, found nothing"),
+        ("evaluate", ["with_core=[ET]"], "with_core: expected a list of none or more of WT"),
         ("evaluate", ["least_volume=[XX]"], "least_volume: expected a list of none or more of WT"),
         ("evaluate", ["least_volume=ET"], "least_volume: expected a list of none or more of WT"),
         ("evaluate", ["cases=tset"], "cases: expected train, validation, test or all, found tset"),

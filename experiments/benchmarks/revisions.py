@@ -122,8 +122,13 @@ def demo(
     return scores_of(maps, cases)
 
 
-def scores_of(maps: Path, folder: Path) -> list[dict[str, Any]]:
+def scores_of(maps: Path, folder: Path, cored: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Compare predicted label maps with the truth.
+
+    Args:
+        maps: Folder of the label maps.
+        folder: Folder of the cases.
+        cored: Regions of which only components with tumour core are kept, see `with_core`.
 
     Returns:
         For each case the voxels of each region in the truth and in the prediction, its Dice, and
@@ -131,6 +136,7 @@ def scores_of(maps: Path, folder: Path) -> list[dict[str, Any]]:
     """
     from datamodules.brats import BraTS, BraTSMasks
     from experiments.frey2019 import compare, pairs_of
+    from experiments.operating_point import with_core
     from lightning_modules.metrics.border import border_mm
 
     data_set = BraTS(folder)
@@ -138,8 +144,9 @@ def scores_of(maps: Path, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for pair in pairs_of(predictions, data_set.cases()):
         both = compare(pair, predictions, data_set)
+        prediction = with_core(both.prediction, data_set.regions, cored)
         row = {}
-        for region, found, true in zip(data_set.regions, both.prediction, both.truth, strict=True):
+        for region, found, true in zip(data_set.regions, prediction, both.truth, strict=True):
             total = int(found.sum() + true.sum())
             row[f"true_{region}"], row[f"found_{region}"] = int(true.sum()), int(found.sum())
             row[f"dice_{region}"] = 2 * int((found & true).sum()) / total if total else float("nan")

@@ -61,7 +61,8 @@ def test_transfer_is_summarised_over_seeds_and_over_cases_that_have_a_region():
     def row(seed: int, dice: float, border_mm: float, true: int = 10) -> dict[str, object]:
         scores = {"true": true, "dice": dice, "border_mm": border_mm}
         by_region = {f"{k}_{region}": v for region in transfer.REGIONS for k, v in scores.items()}
-        return {"step": "wide", "seed": seed, "cases": "swelling", **by_region}
+        cored = {"dice_cored": dice / 2, "border_mm_cored": border_mm / 2}
+        return {"step": "wide", "seed": seed, "cases": "swelling", **by_region, **cored}
 
     nan = float("nan")
     (line,) = transfer.table(
@@ -69,7 +70,7 @@ def test_transfer_is_summarised_over_seeds_and_over_cases_that_have_a_region():
     )
     # Means over the cases of .6 and .4, borders of 2 and -1: nothing is found in the last case.
     assert line["WT"] == line["ET"] == "0.500 ± 0.141"
-    assert line["border of WT, mm"] == "+0.50 ± 2.12"
+    assert (line["WT with core"], line["its border, mm"]) == ("0.250 ± 0.071", "+0.25 ± 1.06")
     assert (line["cases"], line["seeds"]) == ("swelling", "2")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from errors import InputError
-from experiments.operating_point import THRESHOLDS, Candidates, OperatingPoint
+from experiments.operating_point import THRESHOLDS, Candidates, OperatingPoint, with_core
 
 REGIONS = ("WT", "ET")
 
@@ -102,8 +102,33 @@ def test_small_regions_are_false_alarms():
         assert masks.sum((1, 2, 3)).tolist() == [8, left]
 
 
+def test_oedema_without_core_is_left_out_but_for_the_largest_where_there_is_no_core():
+    regions = ("WT", "TC", "ET")
+    found = np.zeros((3, 12, 12, 12), bool)
+    found[0, :3, :3, :3] = found[0, 3, 3, 3] = True  # a corner is shared: one component
+    found[1, 3, 3, 3] = True
+    found[0, 6:10, 6:10, 6:10] = True  # larger, but without core
+    found[0, 0, 11, 0] = found[1, 0, 11, 0] = True  # a second tumour
+    found[1, 11, 0, 0] = True  # core without oedema is nothing of this rule's
+    kept = with_core(found, regions, ["WT"])
+    assert kept[0].sum() == 27 + 1 + 1
+    assert not kept[0, 6:10, 6:10, 6:10].any()
+    np.testing.assert_array_equal(kept[1:], found[1:])
+    np.testing.assert_array_equal(with_core(found, regions, []), found)
+
+    found[1] = False
+    kept = with_core(found, regions, ["WT"])
+    assert kept[0].sum() == kept[0, 6:10, 6:10, 6:10].sum() == 64
+    assert not with_core(np.zeros_like(found), regions, ["WT"]).any()
+
+    probabilities = np.where(found, 0.9, 0.1).astype(np.float32)
+    for cored, voxels in (((), 93), (("WT",), 64)):
+        point = OperatingPoint(dict.fromkeys(regions, 0.5), with_core=cored)
+        assert point.masks(probabilities, regions, 1728, 1.0, "case")[0].sum() == voxels
+
+
 def test_written_and_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    point = OperatingPoint({"WT": 0.55, "ET": 0.4}, {"ET": 30.0})
+    point = OperatingPoint({"WT": 0.55, "ET": 0.4}, {"ET": 30.0}, ("WT",))
     path = tmp_path / "thresholds.json"
     point.write(path, {"checkpoint": ["a.ckpt"], "flips": True})
     assert OperatingPoint.read(path, {"checkpoint": ["a.ckpt"], "flips": True}) == point

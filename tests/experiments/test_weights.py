@@ -114,7 +114,7 @@ def test_thresholds_of_weights_are_those_that_evaluate_would_choose(
     trained = Predictor.from_options({**options, "checkpoint": tmp_path / "runs", "flips": True})
     assert trained.point.thresholds == dict.fromkeys(("WT", "TC", "ET"), 0.5)
     cases = cases_of_part(trained.cases(), "validation", tmp_path / "runs")
-    assert predictor.point == best_point(trained, cases, ["ET"])
+    assert predictor.point == best_point(trained, cases, ["ET"], ["WT"])
 
 
 def test_a_damaged_file_is_named(runs: Path, tmp_path: Path):

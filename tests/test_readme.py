@@ -115,12 +115,14 @@ def test_python(
 @pytest.mark.process
 @pytest.mark.parametrize("command", REAL_SCANS)
 def test_a_network_for_real_scans_trains_on_families_of_phantoms(command: str, tmp_path: Path):
+    detects = "metastases" in command
+    shape = ["patches.size=68"] if detects else ["patches.size=16", "patches.window=16"]
     words = [
         *shlex.split(command)[1:],
         *("data.data_set.spacing_mm=6", "data.data_set.families=[creeping,swelling]"),
         *(f"data.data_set.root={tmp_path}/data", f"data.cache.root={tmp_path}/cache"),
-        *("data.data_set.count=3", "split.validation=0", "split.test=0", "patches.size=16"),
-        *("patches.window=16", "patches.per_epoch=4", "patches.epochs=1", "logger=csv"),
+        *("data.data_set.count=3", "split.validation=0", "split.test=0", "filters.base=8"),
+        *(*shape, "patches.per_epoch=4", "patches.epochs=1", "logger=csv"),
         *("patches.epochs_per_validation=1", f"hydra.run.dir={tmp_path}/run"),
     ]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)

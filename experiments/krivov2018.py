@@ -2,8 +2,8 @@
 
 `python train.py experiment=detection` trains both networks and writes the report at the end;
 `python -m experiments.krivov2018 runs/detection` writes it again. Every run is tested on the test
-cases of its own split, at the threshold in its checkpoint, or with `--target-fp` at a threshold
-that is chosen anew on its validation cases.
+cases of its own split, or with `--cases` on those of a folder, at the threshold in its checkpoint,
+or with `--target-fp` at a threshold that is chosen anew on its validation cases.
 """
 
 import argparse
@@ -102,13 +102,19 @@ def bootstrap(
     return Interval(float(value), float(low), float(high))
 
 
-def retest(run: RunFolder, target_fp: float | None = None) -> RetestedRun:
+def retest(
+    run: RunFolder, target_fp: float | None = None, cases: Path | None = None
+) -> RetestedRun:
     """Load a finished run and score its test cases.
 
     Args:
         run: Folder of the run.
         target_fp: Number of false positives a patient on the validation cases, for which the
             threshold is chosen anew; None keeps the threshold of the checkpoint.
+        cases: Folder of other cases to score.
+
+    Raises:
+        InputError: The run was trained on one of these.
     """
     import torch
 
@@ -125,7 +131,7 @@ def retest(run: RunFolder, target_fp: float | None = None) -> RetestedRun:
     return RetestedRun(
         model=config["choices"]["model"],
         module=module,
-        report=score_lesions(module, volumes_of(run, config, "test")),
+        report=score_lesions(module, volumes_of(run, config, "test", cases)),
         threshold=threshold,
         fit_s=results.fit_s,
         parameters=results.cost.parameters,
@@ -147,20 +153,35 @@ def score_lesions(module: "SegmentationModule", volumes: "Volumes") -> "LesionRe
     return metrics.report()
 
 
-def volumes_of(run: RunFolder, config: Mapping[str, Any], part: str) -> "Volumes":
+def volumes_of(
+    run: RunFolder, config: Mapping[str, Any], part: str, folder: Path | None = None
+) -> "Volumes":
     """Open the whole volumes of one part of a run's split, from its cache.
 
     Args:
         run: Folder of the run.
         config: Configuration of the run, from its checkpoint.
         part: "train", "validation" or "test".
+        folder: Folder of cases to open instead, those with a mask. They have a cache of their own.
+
+    Raises:
+        InputError: The run was trained on a case of the folder, or it has none.
     """
+    from datamodules.nifti import identify
     from datamodules.patches import Volumes
-    from lightning_modules.checkpoint import build
+    from lightning_modules.checkpoint import build, check_unseen
 
     data_set, cache = build(config["data"]["data_set"]), build(config["data"]["cache"])
-    names = set(run.split()[part])
-    cases = [case for case in data_set.cases() if case.name in names]
+    if folder is None:
+        names = set(run.split()[part])
+        cases = [case for case in data_set.cases() if case.name in names]
+    else:
+        data_set = data_set.in_folder(folder)
+        cases = [case for case in data_set.cases() if case.mask is not None]
+        if not cases:
+            raise InputError(f"{folder}: expected cases with a mask, found none")
+        check_unseen(run.best, {case.name: identify(case.reference) for case in cases})
+        cache.root = cache.root.with_name(f"{cache.root.name}-{folder.resolve().name}")
     mirrored = build(config["data"]["sampler"]).mirrored
     return Volumes(cache.build(cases, data_set), data_set, mirrored, scan_grids=True)
 
@@ -313,18 +334,21 @@ def draw_figure_2(tested: Sequence[RetestedRun], volume: Mapping[str, Any], path
     figure.savefig(path, dpi=120)
 
 
-def write_report(folder: Path, target_fp: float | None = None) -> Path:
+def write_report(folder: Path, target_fp: float | None = None, cases: Path | None = None) -> Path:
     """Write table 1, the FROC curves and figure 2 of the finished runs in a folder.
 
     Args:
         folder: Folder of the runs; the report goes into `report` below it.
         target_fp: Number of false positives a patient, see `retest`.
+        cases: Folder of cases that all runs are tested on; the report then goes into
+            `report-<name of this folder>`. By default, each is tested on those of its split.
 
     Returns:
         The Markdown file with the table.
 
     Raises:
-        InputError: There is no finished run, or two runs were tested on different cases.
+        InputError: There is no finished run, or two runs were tested on different cases; or a run
+            was trained on one of `cases`.
     """
     runs = finished_runs(folder)
 
@@ -337,19 +361,19 @@ def write_report(folder: Path, target_fp: float | None = None) -> Path:
 
     keep_freed()
     for run in runs:
-        if run.split()["test"] != runs[0].split()["test"]:
+        if cases is None and run.split()["test"] != runs[0].split()["test"]:
             raise InputError(f"{run.path}: tested on other cases than {runs[0].path}")
     config = read(runs[0].best)[CONFIG_KEY]
-    data = volumes_of(runs[0], config, "test")
+    data = volumes_of(runs[0], config, "test", cases)
     volumes = [data[index] for index in range(len(data))]
     images = [volume["image"] for volume in volumes]
-    tested = [retest(run, target_fp) for run in track(runs, "testing")]
+    tested = [retest(run, target_fp, cases) for run in track(runs, "testing")]
     modules = {run.model: run.module for run in reversed(tested)}  # of each network's first run
     seconds = seconds_a_volume(modules, images)
     largest = max(images, key=torch.numel)
     memory_mib = {model: peak_mib(module, largest) for model, module in modules.items()}
 
-    output = folder / "report"
+    output = folder / ("report" if cases is None else f"report-{cases.resolve().name}")
     output.mkdir(exist_ok=True)
     rows = table_1(tested, seconds, memory_mib)
     draw_froc(tested, output / "froc.png")
@@ -412,8 +436,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="choose the thresholds anew, for this number of false positives a patient on the "
         "validation cases; default: the thresholds in the checkpoints",
     )
+    parser.add_argument(
+        "--cases", type=Path, help="folder of cases with masks that all runs are tested on; "
+        "default: the test cases of their splits",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
-    print(write_report(options.folder, options.target_fp).read_text())
+    print(write_report(options.folder, options.target_fp, options.cases).read_text())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import train
 from datamodules.cache import Cache, CachedCase
 from datamodules.metastases import Metastases
 from datamodules.patches import Volumes, collate_volumes
+from errors import InputError
 from experiments import krivov2018
 from experiments.krivov2018 import bootstrap, retest, write_report
 from experiments.results import Results
@@ -97,6 +98,23 @@ def test_runs_are_tested_and_reported(runs: Path):
     assert "D-Net is" in text
     for name in ("froc.png", "example.png", "table.csv"):
         assert (runs / "report" / name).stat().st_size > 100
+
+
+@pytest.mark.process
+def test_runs_are_tested_on_other_cases_but_not_on_those_of_their_training(runs: Path):
+    new = runs.parent / "new"
+    for number, side in enumerate((0, 3, 5)):
+        labels = np.zeros((20, 24, 22), np.uint8)
+        labels[5 : 5 + side, 6 : 6 + side, 7 : 7 + side] = 1
+        write_metastases(new / f"new_{number}", labels)
+    text = write_report(runs, cases=new)
+    assert text == runs / "report-new" / "table.md"
+    assert "2 runs, 3 test cases with 2 lesions" in text.read_text()
+    with pytest.raises(InputError, match="trained"):
+        write_report(runs, cases=runs.parent / "data")
+    (new / "empty").mkdir()
+    with pytest.raises(InputError, match="expected"):
+        write_report(runs, cases=new / "empty")
 
 
 @pytest.mark.process

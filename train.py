@@ -117,6 +117,7 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     from lightning_modules.callbacks import RememberStop, SaveConfig, SaveSeenCases
     from lightning_modules.checkpoint import check_same_network, first_readable
     from lightning_modules.constructors import check_constructors
+    from lightning_modules.networks.initial import initialise
 
     prepare_process(folder)
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -125,6 +126,7 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     pl.seed_everything(config.seed, workers=True)
     build = partial(instantiate, _convert_="all")  # plain lists and dicts from here on
     module, datamodule, trainer = build(config.module), build(config.data), build(config.trainer)
+    initialise(module.network, config.seed)
     try:
         module.configure_optimizers()
     except ValueError as error:  # torch knows combinations that it refuses

@@ -157,11 +157,11 @@ class StridedConv(Conv3d):
         super().__init__(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
 
 
-class PooledConv(nn.Sequential):
+class PooledConv(Conv3d):
     """Downsampling by pooling, and a 3³ convolution on the coarse grid.
 
-    It has as many parameters and convolves as many voxels as `StridedConv`, so that ways of
-    downsampling are compared at equal cost.
+    It has the parameters of `StridedConv`, under the same names, and convolves as many voxels, so
+    that ways of downsampling are compared at equal cost and from the same initial weights.
 
     Args:
         in_channels: Channels of the input.
@@ -172,11 +172,11 @@ class PooledConv(nn.Sequential):
     def __init__(
         self, in_channels: int, out_channels: int, pool: Callable[..., nn.Module] = nn.MaxPool3d
     ) -> None:
-        super().__init__(
-            # Half of an odd side is rounded up, as by the strided convolution.
-            pool(2, ceil_mode=True),
-            Conv3d(in_channels, out_channels, 3, padding=1, bias=False),
-        )
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+        self.pool = pool(2, ceil_mode=True)  # half of an odd side is rounded up, as by a stride
+
+    def forward(self, input: Float[Tensor, "b i x y z"]) -> Float[Tensor, "b o x_ y_ z_"]:
+        return super().forward(self.pool(input))
 
 
 class ResidualBlock(nn.Module):
@@ -270,6 +270,10 @@ class Logits(nn.Conv3d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, prior: float) -> None:
+        self.prior = prior  # before the constructor, which calls `reset_parameters`
         super().__init__(in_channels, out_channels, 1)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
         assert self.bias is not None
-        nn.init.constant_(self.bias, math.log(prior / (1 - prior)))
+        nn.init.constant_(self.bias, math.log(self.prior / (1 - self.prior)))

@@ -23,7 +23,7 @@ from experiments.null_report_figures import (
     draw_differences,
     draw_learning_curves,
 )
-from experiments.sweep import BASELINE_CELL, Cell, Run, Sweep, read_sweep
+from experiments.sweep import BASELINE_CELL, Cell, Run, Sweep, keep, read_sweep
 from experiments.tables import markdown, write_csv
 from files import write_text
 from hydra_plugins.one_factor_sweeper import PLAN_NAME
@@ -347,7 +347,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, help="folder of the sweep, such as runs/null_report")
     parser.add_argument("--output", type=Path, help="folder of the report; default: FOLDER/report")
+    parser.add_argument(
+        "--keep", type=Path, metavar="COPY",
+        help="also copy what a report needs of the finished runs, some kilobytes each, to COPY: "
+        "with its content in runs/null_report, the sweep goes on from there on any machine",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.keep:
+        keep(read_sweep(options.folder), options.keep)
     print(write_report(options.folder, options.output))
 
 

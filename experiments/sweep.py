@@ -11,10 +11,13 @@ import numpy as np
 
 from errors import InputError
 from experiments.run import RunFolder
+from experiments.tables import write_csv
+from files import write_text
 from hydra_plugins.one_factor_sweeper import BASELINE, PLAN_NAME, read_plan
 
 # The mean over the regions, as `RegionMetrics` logs it. A sweep over factors is a study of Dice.
 VALIDATION_DICE = "val/dice"
+KEPT_SCORES = ("dice_", "false_alarm_mm3_")  # how those begin that a report needs of a case
 
 
 class Cell(NamedTuple):
@@ -170,6 +173,34 @@ class Sweep:
             if run.cell != BASELINE_CELL and run.cell not in families.setdefault(run.family, []):
                 families[run.family].append(run.cell)
         return [families[number] for number in sorted(families)]
+
+
+def keep(sweep: Sweep, folder: Path) -> None:
+    """Copy what a report needs of the finished runs, some kilobytes each, to a folder of a sweep.
+
+    It is to be committed as a long sweep goes on, so that a lost machine loses no run: copied back,
+    the runs are finished there, and the same command trains the others. Checkpoints, pictures and
+    what was logged of every step stay behind.
+
+    Args:
+        sweep: The sweep.
+        folder: Gets `plan.json`, and a folder a run. What it has of other runs is left alone.
+    """
+    write_text(folder / PLAN_NAME, (sweep.folder / PLAN_NAME).read_text())
+    for run in sweep.finished:
+        copy = RunFolder(folder / run.name)
+        rows = [
+            {
+                "case": case,
+                **{k: f"{v:.6g}" for k, v in scores.items() if k.startswith(KEPT_SCORES)},
+            }
+            for case, scores in run.scores.items()
+        ]
+        curve = [{"epoch": int(e), VALIDATION_DICE: dice} for e, dice in run.learning_curve()]
+        write_csv(copy.cases_file, rows)
+        if curve:
+            write_csv(copy.path / "csv" / "version_0" / "metrics.csv", curve)
+        write_text(copy.results_file, run.folder.results_file.read_text())  # last: it is finished
 
 
 def _cells(runs: list[Run]) -> list[Cell]:

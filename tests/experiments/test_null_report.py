@@ -340,6 +340,28 @@ def test_a_baseline_alone_is_a_report(sweep: Path):
     assert "0 different, but less than the margin; 2 undecided." in text
 
 
+def test_what_is_kept_of_a_sweep_makes_the_same_report_and_goes_on(sweep: Path):
+    before = null_report.write_report(sweep).with_suffix(".md").read_text()
+    copy = sweep / "copy"
+    remove(sweep, "norm-batch-s2")
+    null_report.main([str(sweep), "--keep", str(copy)])
+    assert {run.name for run in read_sweep(copy).missing} == {"norm-batch-s2"}
+    write_run(sweep / "again", np.full(12, 0.7))
+    shutil.rmtree(sweep / "norm-batch-s2")
+    (sweep / "again").rename(sweep / "norm-batch-s2")
+    null_report.main([str(sweep), "--keep", str(copy)])
+    kept, whole = read_sweep(copy), read_sweep(sweep)
+    assert not kept.missing
+    for mine, theirs in zip(kept.finished, whole.finished, strict=True):
+        assert mine.scores.keys() == theirs.scores.keys()
+        for region in ("WT", "TC", "ET"):
+            np.testing.assert_allclose(mine.dice(region), theirs.dice(region), rtol=1e-5)
+        np.testing.assert_array_equal(mine.learning_curve(), theirs.learning_curve())
+    pages = [null_report.write_report(folder).with_suffix(".md") for folder in (copy, sweep)]
+    assert pages[0].read_text() == pages[1].read_text() != before
+    assert sum(file.stat().st_size for file in (copy / "norm-batch-s2").rglob("*.*")) < 5000
+
+
 def test_learning_curve_of_a_resumed_run(sweep: Path):
     run = read_sweep(sweep).runs_of(BATCH)[0]
     assert run.learning_curve().tolist() == [[0, 0.0], [1, 0.2], [2, 0.3]]

@@ -34,7 +34,15 @@ from experiments.rules import (
 )
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
-FAMILIES = ("classic", "borders", "cores", "creeping", "swelling", "infiltrating")  # of phantoms
+FAMILIES = (
+    "classic",
+    "borders",
+    "cores",
+    "creeping",
+    "lopsided",
+    "swelling",
+    "infiltrating",
+)  # of phantoms
 CONVENTIONS = ("nan", "brats2020", "brats2023")
 PRECISIONS = ("32", "16", "bf16")
 PARTS = ("train", "validation", "test")

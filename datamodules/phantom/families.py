@@ -61,6 +61,10 @@ CREEPING = CORES.but(
     },
     chances={"cortical": 0.4, "hyperintensities": 0.6, "glow": 0.6, "flow": 0.5},
 )
+LOPSIDED = CREEPING.but(
+    ranges={"lopsided": (0.0, 1.6), "core_edge_mm": (0.2, 1.2)},
+    chances={"cortical": 0.6},
+)
 SWELLING = CREEPING.but(
     ranges={
         "rugged_mm": (1.0, 5.0),
@@ -91,6 +95,7 @@ FAMILIES = {
     "borders": _family(BORDERS, DrawnGlioma),
     "cores": _family(CORES, DrawnGlioma),
     "creeping": _family(CREEPING, DrawnGlioma),
+    "lopsided": _family(LOPSIDED, DrawnGlioma),
     "swelling": _family(SWELLING, SwellingGlioma),
     "infiltrating": _family(INFILTRATING, InfiltratingGlioma),
 }

@@ -70,7 +70,7 @@ class Glioma:
         outside = core < 0.5
         ratio = random.draw(f"oedema_ratio_{self.grade.lower()}")
         share = min(ratio * np.mean(~outside) / np.mean(outside), 0.3)
-        score = _oedema_score(random, tissue, self.reach, grid)[outside]
+        score = self._oedema_score(tissue, self.reach, grid)[outside]
         self.oedema_threshold = float(np.quantile(score, 1 - share))
 
     def maps(self, geometry: Geometry, tissue: Tissue, grid: Grid) -> PathologyMaps:
@@ -96,8 +96,24 @@ class Glioma:
         """Return where oedema has got to (X, Y, Z), the core included."""
         random = self.random
         reach = interpolate(self.reach, geometry.coarse, grid)
-        score = _oedema_score(random, tissue, reach, grid) - self.oedema_threshold
+        score = self._oedema_score(tissue, reach, grid) - self.oedema_threshold
         return sigmoid(score / random.draw("oedema_edge"))
+
+    def _oedema_score(self, tissue: Tissue, reach: np.ndarray, grid: Grid) -> np.ndarray:
+        """Rank voxels (X, Y, Z) by how early oedema gets there.
+
+        That is near the core, in white matter and, if the oedema is lopsided, on one side.
+        """
+        random = self.random
+        ease = np.log(tissue.white + random.draw("grey_ease") * tissue.grey + 0.01)
+        score = reach + 0.8 * ease + 0.25 * random.smooth_field("edge of oedema", 5.0, grid)
+        if lopsided := random.draw("lopsided"):
+            focus = self.foci[0]
+            side = random.generator("side of oedema").standard_normal(3)
+            side *= lopsided / focus.radius_mm / np.linalg.norm(side)
+            offset_mm = grid.points_mm() - focus.centre_mm.astype(np.float32).reshape(3, 1, 1, 1)
+            score += np.tensordot(side.astype(np.float32), offset_mm, axes=1)
+        return np.where(tissue.depth_mm < 0.5, -20, score)
 
     def labels(self, maps: PathologyMaps, grid: Grid) -> np.ndarray:
         """Return the BraTS labels: 0, 1 necrotic or non-enhancing core, 2 oedema, 4 enhancing."""
@@ -141,15 +157,6 @@ def _oedema_reach(
     for _ in range(28):
         reached = np.maximum(core, through * gaussian_filter(reached, 1.0))
     return np.log(reached + 1e-6)
-
-
-def _oedema_score(
-    random: RandomStreams, tissue: Tissue, reach: np.ndarray, grid: Grid
-) -> np.ndarray:
-    """Rank voxels (X, Y, Z) by how early oedema gets there: near the core and in white matter."""
-    ease = np.log(tissue.white + random.draw("grey_ease") * tissue.grey + 0.01)
-    score = reach + 0.8 * ease + 0.25 * random.smooth_field("edge of oedema", 5.0, grid)
-    return np.where(tissue.depth_mm < 0.5, -20, score)
 
 
 class DrawnGlioma(Glioma):

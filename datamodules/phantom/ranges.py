@@ -74,6 +74,7 @@ RANGES = {
     "push_reach_mm": (15.0, 35.0),
     "grey_through": (0.12, 0.12),  # share of white matter's oedema that gets into grey matter
     "grey_ease": (0.15, 0.15),  # and how early it does, relative to white matter
+    "lopsided": (0.0, 0.0),  # how much further oedema reaches on one side: score a radius
     "oedema_edge": (0.25, 0.25),  # softness of its border, in units of its score
     "core_over_oedema": (0.92, 1.1),  # intensity of an isointense core, relative to oedema
     "blood": (0.4, 1.6),  # intensity, in each modality its own: it changes with its age

@@ -52,6 +52,7 @@ STEPS = {
     "borders": Step("soft oedema, a rater's smooth line", ("borders",)),
     "cores": Step("isointense, cystic, bloody, nodular cores", ("cores",)),
     "creeping": Step("small, cortical tumours; more that looks like some", ("creeping",)),
+    "lopsided": Step("oedema mostly on one side, more cortical tumours", ("lopsided",)),
     "two families": Step("half of the cases `classic`", ("classic", "creeping")),
 }
 

@@ -115,7 +115,7 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
 
     from experiments.training import fit_and_test, prepare_process
     from lightning_modules.callbacks import RememberStop, SaveConfig, SaveSeenCases
-    from lightning_modules.checkpoint import check_same_network, first_readable
+    from lightning_modules.checkpoint import check_same_network, first_readable, load
     from lightning_modules.constructors import check_constructors
     from lightning_modules.networks.initial import initialise
 
@@ -127,6 +127,9 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     build = partial(instantiate, _convert_="all")  # plain lists and dicts from here on
     module, datamodule, trainer = build(config.module), build(config.data), build(config.trainer)
     initialise(module.network, config.seed)
+    if config.finetune is not None:
+        check_same_network(config.finetune, plain["model"])
+        module.network.load_state_dict(load(config.finetune).module.network.state_dict())
     try:
         module.configure_optimizers()
     except ValueError as error:  # torch knows combinations that it refuses
@@ -134,7 +137,7 @@ def run(config: DictConfig, folder: RunFolder) -> "Results":
     latest = None if config.again else first_readable([folder.last, folder.best])
     resume = latest or config.resume
     own = RememberStop(is_same_run=latest is not None)
-    trainer.callbacks += [SaveConfig(plain), SaveSeenCases(), own]
+    trainer.callbacks += [SaveConfig(plain), SaveSeenCases(config.finetune), own]
     if resume is not None:
         check_same_network(resume, plain["model"])
     with all_ranks(trainer):

@@ -18,7 +18,7 @@ from errors import InputError
 from experiments.ranks import is_first
 
 # What a run is: its name is a hash of these nodes of the configuration, less the keys below.
-IDENTITY = ("module", "data", "seed", "trainer", "callbacks", "resume", "compile")
+IDENTITY = ("module", "data", "seed", "trainer", "callbacks", "resume", "finetune", "compile")
 
 # Keys that change where and how fast a run computes, and what it reports, but no weight and no
 # score. All other keys count, so that two different questions never share a folder.
@@ -60,8 +60,9 @@ def identity(root: DictConfig) -> dict[str, Any]:
         for parent in parents:
             node = node.get(parent) or {}
         node.pop(key, None)
-    if plain.get("resume"):
-        plain["resume"] = _digest(Path(plain["resume"]))
+    for start in ("resume", "finetune"):
+        if plain.get(start):
+            plain[start] = _digest(start, Path(plain[start]))
     plain["compile"] = plain.get("compile") or None  # rounds differently
     plain["run_dir"] = "."  # the folder is what is being named, and callbacks refer to it
     resolved: Any = OmegaConf.create({key: plain[key] for key in plain if key != "hydra"})
@@ -72,13 +73,13 @@ def identity(root: DictConfig) -> dict[str, Any]:
     }
 
 
-def _digest(checkpoint: Path) -> str:
+def _digest(key: str, checkpoint: Path) -> str:
     """Hash the checkpoint that a run starts from; its path would say little about it."""
     try:
         with checkpoint.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"resume: {checkpoint}: {error.strerror}") from None
+        raise InputError(f"{key}: {checkpoint}: {error.strerror}") from None
 
 
 @dataclass(frozen=True)

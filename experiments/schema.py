@@ -90,6 +90,7 @@ RULES: dict[str, Rule] = {
     "plan": flag,
     "vram_gb": Rule("a number above 0, or null", either(nothing, positive).accepts),
     "resume": checkpoint_or_null,
+    "finetune": checkpoint_or_null,
     "objective": text,
     "factors": either(nothing, text),
     "filters.base": whole(1),

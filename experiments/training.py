@@ -93,9 +93,9 @@ def fit_and_test(
     datamodule.prepare_data()  # faults of the user's files show before a logger starts
     datamodule.setup("fit")
     parts = datamodule.parts
-    if resume is not None:
+    for start in filter(None, (resume, config["finetune"])):
         test_cases = datamodule.cache.build(parts.test, datamodule.data_set)
-        check_unseen(resume, {case.name: case.identity for case in test_cases})
+        check_unseen(start, {case.name: case.identity for case in test_cases})
     if not parts.validation:
         train_without_validation(trainer)
     if anew and is_first():

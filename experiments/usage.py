@@ -31,7 +31,7 @@ VALUES = (
     *("optimizer.lr", "trainer.max_epochs", "trainer.accelerator", "patches.size"),
     *("patches.batch_size", "patches.per_epoch", "data.num_workers", "data.cache.spacing_mm"),
     *("data.sampler.lesion_share", "split.validation", "split.test", "logger.wandb.offline"),
-    *("resume", "again", "plan", "vram_gb"),
+    *("resume", "finetune", "again", "plan", "vram_gb"),
 )
 
 

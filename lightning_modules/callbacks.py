@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
 from files import write_text, written_whole
-from lightning_modules.checkpoint import CONFIG_KEY, SEEN_KEY, STOPPED_KEY
+from lightning_modules.checkpoint import CONFIG_KEY, SEEN_KEY, STOPPED_KEY, read
 from lightning_modules.memory import keep_freed
 from lightning_modules.pictures import busiest_slice, draw_case, plane
 from lightning_modules.ranks import told_by_ranks
@@ -40,10 +40,15 @@ class SaveSeenCases(Callback):
     """Puts into every checkpoint which cases it was trained and validated on.
 
     `checkpoint.check_unseen` reads them. A run that continues from a checkpoint keeps its cases.
+
+    Args:
+        start: Checkpoint whose network is trained on, if there is one: it has seen its cases.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: str | None = None) -> None:
         self.seen: dict[str, dict[str, str]] = {"train": {}, "validation": {}}
+        if start is not None:
+            self._add(read(start))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -54,6 +59,9 @@ class SaveSeenCases(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._add(checkpoint)
+
+    def _add(self, checkpoint: Mapping[str, Any]) -> None:
         for part, seen in checkpoint.get(SEEN_KEY, {}).items():
             self.seen[part].update(seen)
 

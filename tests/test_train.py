@@ -203,6 +203,34 @@ def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: l
         )
 
 
+def test_fine_tuning_starts_from_the_weights_of_a_run_and_from_nothing_else(
+    composed: Compose, tiny: list[str], tmp_path: Path
+):
+    first = composed(*tiny, "logger=csv", f"run_dir={tmp_path}/first")
+    train.train(first)
+    best = tmp_path / "first/best.ckpt"
+    checkpoint.export(best, tmp_path / "first.safetensors")
+    for start in (best, tmp_path / "first.safetensors"):
+        folder = tmp_path / start.suffix
+        config = composed(
+            *tiny, "logger=csv", f"run_dir={folder}", f"finetune={start}", "optimizer.lr=0",
+            "seed=3", "trainer.max_epochs=1", "split.test=0",
+        )  # fmt: skip
+        train.train(config)
+        tuned = checkpoint.read(folder / "last.ckpt")
+        source = checkpoint.read(start)
+        assert tuned["epoch"] == 0
+        for name, value in checkpoint.load(start).module.network.named_parameters():
+            assert torch.equal(tuned["state_dict"][f"network.{name}"], value), name
+        assert source["seen"]["train"].items() <= tuned["seen"]["train"].items()
+    with pytest.raises(InputError, match=r"architecture: model.depth is 4 there and 3 here"):
+        train.train(composed(*tiny, "model.depth=3", f"finetune={best}", "again=true"))
+    names = RunFolder(tmp_path / "first").split()
+    swapped = {**names, "train": names["test"][:1], "test": names["train"][:1]}
+    with pytest.raises(InputError, match=r"best.ckpt: expected .*, found 1 of 1 .*train"):
+        train.train(resumed(composed, tiny, tmp_path / "swapped", swapped, f"finetune={best}"))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -214,6 +242,7 @@ def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: l
         ("data.data_set.modalities=[t1,t9]", "t9"),
         ("split.test=0.99", "split"),
         ("resume=nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
+        ("finetune=nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
         ("optimizer.lr=1e30", "not finite at step"),
     ],
 )

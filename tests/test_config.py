@@ -75,7 +75,8 @@ def model_for(group: str, option: str) -> str:
         return option
     if group == "patches":
         return option.partition("_")[0]
-    if option in ("exact_tiles", "lesions", "cross_entropy", "detection", "krivov2018"):
+    detectors = ("detection", "krivov2018", "real_scans_metastases")
+    if option in ("exact_tiles", "lesions", "cross_entropy", *detectors):
         return "dnet"
     return "unet" if option == "whole_volume" else "aeunet"
 
@@ -420,5 +421,13 @@ def test_help_and_typos_are_answered_without_torch(
 def test_every_network_is_a_choice():
     """File `aeunet.py` is class `AEUNet` is `model=aeunet`."""
     files = {path.stem for path in (ROOT / "lightning_modules/networks").glob("*.py")}
-    parts = {"__init__", "background", "blocks", "checkpointing", "contracting", "geometry"}
+    parts = {
+        "__init__",
+        "background",
+        "blocks",
+        "checkpointing",
+        "contracting",
+        "geometry",
+        "initial",
+    }
     assert set(OPTIONS["model"]) == files - parts

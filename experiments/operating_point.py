@@ -175,8 +175,9 @@ def with_core(masks: np.ndarray, regions: Sequence[str], cored: Sequence[str]) -
     kept = masks.copy()
     for region in cored:
         mask = masks[list(regions).index(region)]
-        components, count = label(mask, np.ones((3, 3, 3)))
-        if count:
+        components = np.empty(mask.shape, np.int32)
+        label(mask, np.ones((3, 3, 3)), output=components)
+        if components.any():
             core = masks[list(regions).index(CORE)]
             held = np.unique(components[core & mask])
             largest = np.bincount(components.ravel())[1:].argmax() + 1

@@ -15,7 +15,12 @@ from datamodules.splits import PARTS
 from errors import InputError
 from experiments.combinations import check_writable
 from experiments.frey2019 import write_report
-from experiments.operating_point import THRESHOLDS_NAME, Candidates, OperatingPoint
+from experiments.operating_point import (
+    THRESHOLDS_NAME,
+    Candidates,
+    OperatingPoint,
+    check_cored,
+)
 from experiments.prediction import Predictor, checkpoints_of
 from experiments.run import RunFolder
 from experiments.trained import find_checkpoints, networks_of
@@ -111,8 +116,13 @@ def best_point(
     with_least_volume: Sequence[str],
     with_core: Sequence[str] = (),
 ) -> OperatingPoint:
-    """Find the thresholds, and least volumes of some regions, with the best mean Dice on cases."""
+    """Find the thresholds, and least volumes of some regions, with the best mean Dice on cases.
+
+    Raises:
+        InputError: The networks lack a region that `with_core` is about.
+    """
     data_set = predictor.data_set
+    check_cored(with_core, data_set.regions)
     candidates = Candidates(data_set.regions, predictor.spacing_mm**3)
     for case in track(cases, "choosing thresholds"):
         estimate = predictor.estimate(case)

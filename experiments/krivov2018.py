@@ -131,7 +131,7 @@ def retest(
     return RetestedRun(
         model=config["choices"]["model"],
         module=module,
-        report=score_lesions(module, volumes_of(run, config, "test", cases)),
+        report=score_lesions(module, volumes_of(run, config, cases or "test")),
         threshold=threshold,
         fit_s=results.fit_s,
         parameters=results.cost.parameters,
@@ -153,35 +153,33 @@ def score_lesions(module: "SegmentationModule", volumes: "Volumes") -> "LesionRe
     return metrics.report()
 
 
-def volumes_of(
-    run: RunFolder, config: Mapping[str, Any], part: str, folder: Path | None = None
-) -> "Volumes":
-    """Open the whole volumes of one part of a run's split, from its cache.
+def volumes_of(run: RunFolder, config: Mapping[str, Any], source: str | Path) -> "Volumes":
+    """Open whole volumes with a mask, as a run sees them.
 
     Args:
         run: Folder of the run.
         config: Configuration of the run, from its checkpoint.
-        part: "train", "validation" or "test".
-        folder: Folder of cases to open instead, those with a mask. They have a cache of their own.
+        source: A part of the run's split, "train", "validation" or "test"; or a folder of other
+            cases, which have a cache of their own beside that of the run.
 
     Raises:
-        InputError: The run was trained on a case of the folder, or it has none.
+        InputError: The run was trained on a case of the folder, or it has none with a mask.
     """
     from datamodules.nifti import identify
     from datamodules.patches import Volumes
     from lightning_modules.checkpoint import build, check_unseen
 
     data_set, cache = build(config["data"]["data_set"]), build(config["data"]["cache"])
-    if folder is None:
-        names = set(run.split()[part])
+    if isinstance(source, str):
+        names = set(run.split()[source])
         cases = [case for case in data_set.cases() if case.name in names]
     else:
-        data_set = data_set.in_folder(folder)
+        data_set = data_set.in_folder(source)
         cases = [case for case in data_set.cases() if case.mask is not None]
         if not cases:
-            raise InputError(f"{folder}: expected cases with a mask, found none")
+            raise InputError(f"{source}: expected cases with a mask, found none")
         check_unseen(run.best, {case.name: identify(case.reference) for case in cases})
-        cache.root = cache.root.with_name(f"{cache.root.name}-{folder.resolve().name}")
+        cache.root = cache.root.with_name(f"{cache.root.name}-{source.resolve().name}")
     mirrored = build(config["data"]["sampler"]).mirrored
     return Volumes(cache.build(cases, data_set), data_set, mirrored, scan_grids=True)
 
@@ -364,7 +362,7 @@ def write_report(folder: Path, target_fp: float | None = None, cases: Path | Non
         if cases is None and run.split()["test"] != runs[0].split()["test"]:
             raise InputError(f"{run.path}: tested on other cases than {runs[0].path}")
     config = read(runs[0].best)[CONFIG_KEY]
-    data = volumes_of(runs[0], config, "test", cases)
+    data = volumes_of(runs[0], config, cases or "test")
     volumes = [data[index] for index in range(len(data))]
     images = [volume["image"] for volume in volumes]
     tested = [retest(run, target_fp, cases) for run in track(runs, "testing")]

@@ -35,7 +35,8 @@ class OperatingPoint:
         thresholds: Probability by region.
         least_mm3: Volume by region. A smaller one is taken for a false alarm, and its voxels go to
             the region around it. A region that is not named has no least volume.
-        with_core: Regions of which only components with tumour core are kept, see `with_core`.
+        with_core: Regions of which only components with tumour core are kept, see
+            `without_coreless`.
     """
 
     thresholds: Mapping[str, float]
@@ -66,7 +67,8 @@ class OperatingPoint:
             networks: What tells the networks from others, as in `write`.
 
         Raises:
-            InputError: A region without threshold, or a file that `evaluate.py` has not written.
+            InputError: A region without threshold, a file that `evaluate.py` has not written, or
+                one that needs regions which the networks lack.
         """
         if option == "checkpoint":
             return cls(dict.fromkeys(regions, trained_with))
@@ -83,6 +85,7 @@ class OperatingPoint:
                 f"thresholds: expected one for each of {', '.join(regions)}, found none for "
                 f"{', '.join(missing)}"
             )
+        check_cored(point.with_core, regions)
         return point
 
     @classmethod
@@ -98,7 +101,7 @@ class OperatingPoint:
         """
         content = read_json(path, f"evaluate.py writes such a file, {THRESHOLDS_NAME}")
         try:
-            cored = content.get("with_core", ())  # no file from before 2026-12 has it
+            cored = content.get("with_core", ())  # files of earlier versions lack it
             point = cls(content["thresholds"], content["least_mm3"], tuple(cored))
             chosen_for = dict(content["chosen_for"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -155,11 +158,28 @@ class OperatingPoint:
                 )  # fmt: skip
             else:
                 mask[:] = False
-        found = with_core(found, regions, self.with_core)
+        found = without_coreless(found, regions, self.with_core)
         return without_small(found, regions, self.least_mm3, voxel_mm3)
 
 
-def with_core(masks: np.ndarray, regions: Sequence[str], cored: Sequence[str]) -> np.ndarray:
+def check_cored(cored: Sequence[str], regions: Sequence[str]) -> None:
+    """Check that the regions of networks have what a condition on their components is about.
+
+    Args:
+        cored: Regions of which only components with tumour core are to be kept.
+        regions: Regions that the networks segment.
+
+    Raises:
+        InputError: One of them, or the core, is no region of the networks.
+    """
+    if cored and (missing := [region for region in (*cored, CORE) if region not in regions]):
+        raise InputError(
+            f"with_core: expected networks with {', '.join(cored)} and {CORE}, found none with "
+            f"{', '.join(missing)}"
+        )
+
+
+def without_coreless(masks: np.ndarray, regions: Sequence[str], cored: Sequence[str]) -> np.ndarray:
     """Leave out components of regions without tumour core; if all are, keep the largest.
 
     What is bright on FLAIR and has no core is seldom a tumour. Voxels that share a corner are of

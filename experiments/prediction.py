@@ -21,7 +21,7 @@ from datamodules.preprocessing import Volume, restore
 from errors import InputError
 from experiments.cascade import Where, where_of
 from experiments.combinations import check_writable
-from experiments.operating_point import OperatingPoint, with_core
+from experiments.operating_point import OperatingPoint
 from experiments.tables import CaseRows
 from experiments.trained import Trained, find_checkpoints, networks_of, own_thresholds
 from files import read_json, write_json, written_whole
@@ -308,7 +308,8 @@ class Predictor:
         reference = case.reference
         probabilities = restore(estimate.probabilities, volume.affine, reference)
         voxel_mm3 = float(abs(np.linalg.det(np.asarray(open_volume(reference).affine)[:3, :3])))
-        brain_mm3 = int((volume.image != 0).any(0).sum()) * self.spacing_mm**3
+        brain_voxels = int((volume.image != 0).any(0).sum())
+        brain_mm3 = brain_voxels * self.spacing_mm**3
         found = self.point.masks(
             probabilities, regions, int(brain_mm3 / voxel_mm3), voxel_mm3, case.name
         )
@@ -318,13 +319,9 @@ class Predictor:
         labels = data_set.to_labels(found)
         write_volume(written, in_files(labels, data_set), reference, mark)
 
-        thresholds = np.array([self.point.thresholds[region] for region in regions])
         expected_dice = dict(zip(regions, estimate.expected_dice.tolist(), strict=True))
         told = []
-        seen = estimate.probabilities > thresholds[:, None, None, None]
-        masks = {"prediction": with_core(seen, regions, self.point.with_core)}
         if case.mask is not None:
-            masks = {"truth": data_set.to_regions(volume.labels), **masks}
             told.append(dice_of_file(written, case, data_set))
         if defined := [
             f"{r} {value:.2f}" for r, value in expected_dice.items() if not math.isnan(value)
@@ -332,6 +329,10 @@ class Predictor:
             told.append(f"expected Dice {'  '.join(defined)}")
         title = f"{case.name}: {'; '.join(told)}" if told else case.name
         if self.pictures:
+            masks = {"truth": data_set.to_regions(volume.labels)} if case.mask is not None else {}
+            masks["prediction"] = self.point.masks(
+                estimate.probabilities, regions, brain_voxels, self.spacing_mm**3, case.name
+            )
             rows = {
                 name: dict(zip(regions, by_region, strict=True))
                 for name, by_region in masks.items()

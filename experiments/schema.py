@@ -34,15 +34,10 @@ from experiments.rules import (
 )
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
-FAMILIES = (
-    "classic",
-    "borders",
-    "cores",
-    "creeping",
-    "lopsided",
-    "swelling",
-    "infiltrating",
-)  # of phantoms
+FAMILIES = (  # of phantoms
+    *("classic", "borders", "cores", "creeping", "lopsided"),
+    *("swelling", "infiltrating"),
+)
 CONVENTIONS = ("nan", "brats2020", "brats2023")
 PRECISIONS = ("32", "16", "bf16")
 PARTS = ("train", "validation", "test")

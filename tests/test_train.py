@@ -203,6 +203,27 @@ def test_a_checkpoint_is_enough_to_rebuild_the_module(composed: Compose, tiny: l
         )
 
 
+def test_runs_of_a_seed_start_from_the_same_weights(
+    composed: Compose, tiny: list[str], tmp_path: Path
+):
+    """Whatever is drawn before, or built in another order: a sweep compares such runs in pairs."""
+    states = []
+    for number, override in enumerate(
+        ("model.bottleneck=8", "model.bottleneck=4", "norm=batch", "seed=1")
+    ):
+        config = composed(
+            *tiny, "logger=csv", override, "optimizer.lr=0", "trainer.max_epochs=1",
+            f"run_dir={tmp_path}/{number}",
+        )  # fmt: skip
+        train.train(config)
+        states.append(checkpoint.read(tmp_path / f"{number}/last.ckpt")["state_dict"])
+    first, *others, seeded = states
+    kernels = [name for name, value in first.items() if value.dim() == 5]
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in kernels)
+    assert not any(torch.equal(first[name], seeded[name]) for name in kernels)
+
+
 def test_fine_tuning_starts_from_the_weights_of_a_run_and_from_nothing_else(
     composed: Compose, tiny: list[str], tmp_path: Path
 ):

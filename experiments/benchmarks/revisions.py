@@ -128,7 +128,7 @@ def scores_of(maps: Path, folder: Path, cored: Sequence[str] = ()) -> list[dict[
     Args:
         maps: Folder of the label maps.
         folder: Folder of the cases.
-        cored: Regions of which only components with tumour core are kept, see `with_core`.
+        cored: Regions of which only components with tumour core are kept, see `without_coreless`.
 
     Returns:
         For each case the voxels of each region in the truth and in the prediction, its Dice, and
@@ -136,7 +136,7 @@ def scores_of(maps: Path, folder: Path, cored: Sequence[str] = ()) -> list[dict[
     """
     from datamodules.brats import BraTS, BraTSMasks
     from experiments.frey2019 import compare, pairs_of
-    from experiments.operating_point import with_core
+    from experiments.operating_point import without_coreless
     from lightning_modules.metrics.border import border_mm
 
     data_set = BraTS(folder)
@@ -144,7 +144,7 @@ def scores_of(maps: Path, folder: Path, cored: Sequence[str] = ()) -> list[dict[
     rows = []
     for pair in pairs_of(predictions, data_set.cases()):
         both = compare(pair, predictions, data_set)
-        prediction = with_core(both.prediction, data_set.regions, cored)
+        prediction = without_coreless(both.prediction, data_set.regions, cored)
         row = {}
         for region, found, true in zip(data_set.regions, prediction, both.truth, strict=True):
             total = int(found.sum() + true.sum())

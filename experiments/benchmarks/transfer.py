@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import fmean, stdev
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from experiments.benchmarks.revisions import HERE, REGIONS, run, scores_of
@@ -66,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each; default: %(default)s")
     parser.add_argument("--cases", type=Path, help="a folder of further cases with masks")
     parser.add_argument(
+        "--trained", type=Path, metavar="WEIGHTS", help="a row more: networks trained otherwise, "
+        "such as weights/glioma",
+    )  # fmt: skip
+    parser.add_argument(
         "--output", type=Path, default=Path("runs/transfer"), help="default: %(default)s"
     )
     parser.add_argument(
@@ -88,10 +93,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             checkpoint = trained(name, seed, output, options.override)
             for family, cases in tests.items():
                 if family not in STEPS[name].families:
-                    rows += [
-                        {"step": name, "seed": seed, "cases": family, **row}
-                        for row in scored(checkpoint, cases)
-                    ]
+                    found = scored(checkpoint, cases, checkpoint.parent / f"{cases.name}-maps")
+                    rows += [{"step": name, "seed": seed, "cases": family, **row} for row in found]
+    if options.trained:
+        for family, cases in tests.items():
+            with TemporaryDirectory() as folder:  # weights of this name may change
+                found = scored(options.trained.resolve(), cases, Path(folder) / "maps")
+            rows += [
+                {"step": options.trained.name, "seed": 0, "cases": family, **row} for row in found
+            ]
     lines = table(rows)
     write_csv(output / "transfer.csv", rows)
     write_text(output / "transfer.md", markdown(lines) + "\n")
@@ -129,17 +139,16 @@ def trained(name: str, seed: int, output: Path, overrides: Sequence[str]) -> Pat
     return folder / "best.ckpt"
 
 
-def scored(checkpoint: Path, cases: Path) -> list[dict[str, Any]]:
-    """Predict cases with a checkpoint and score them, see `scores_of`.
+def scored(checkpoint: Path, cases: Path, maps: Path) -> list[dict[str, Any]]:
+    """Predict cases with a checkpoint, or weights, and score them, see `scores_of`.
 
     What ends in "cored" is that of WT if its components without tumour core are left out.
 
     Raises:
         InputError: The prediction failed.
     """
-    maps = checkpoint.parent / f"{cases.name}-maps"
     if not maps.is_dir():
-        logging.info("%s: predicting %s", checkpoint.parent.name, cases.name)
+        logging.info("%s: predicting", maps)
         predict = [sys.executable, "predict.py", f"checkpoint={checkpoint}", f"input={cases}"]
         with written_whole(maps) as partial:
             run([*predict, f"output={partial}", "pictures=false"], HERE)
@@ -164,7 +173,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     for cases, step in sorted(keys, key=lambda key: key[0]):
         own = [row for row in rows if (row["cases"], row["step"]) == (cases, step)]
         seeds = sorted({row["seed"] for row in own})
-        line = {"cases": cases, "trained with": step, "it adds": STEPS[step].does}
+        does = STEPS[step].does if step in STEPS else "trained before"
+        line = {"cases": cases, "trained with": step, "it adds": does}
         for region in REGIONS:
             line[region] = over_seeds(own, f"dice_{region}", region)
         line["WT with core"] = over_seeds(own, "dice_cored", "WT")

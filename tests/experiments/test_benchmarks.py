@@ -72,6 +72,8 @@ def test_transfer_is_summarised_over_seeds_and_over_cases_that_have_a_region():
     assert line["WT"] == line["ET"] == "0.500 ± 0.141"
     assert (line["WT with core"], line["its border, mm"]) == ("0.250 ± 0.071", "+0.25 ± 1.06")
     assert (line["cases"], line["seeds"]) == ("swelling", "2")
+    (line,) = transfer.table([{**row(0, 0.5, 1), "step": "glioma"}])
+    assert (line["trained with"], line["it adds"]) == ("glioma", "trained before")
 
 
 def test_a_step_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from errors import InputError
-from experiments.operating_point import THRESHOLDS, Candidates, OperatingPoint, with_core
+from experiments.operating_point import THRESHOLDS, Candidates, OperatingPoint, without_coreless
 
 REGIONS = ("WT", "ET")
 
@@ -110,21 +110,27 @@ def test_oedema_without_core_is_left_out_but_for_the_largest_where_there_is_no_c
     found[0, 6:10, 6:10, 6:10] = True  # larger, but without core
     found[0, 0, 11, 0] = found[1, 0, 11, 0] = True  # a second tumour
     found[1, 11, 0, 0] = True  # core without oedema is nothing of this rule's
-    kept = with_core(found, regions, ["WT"])
+    kept = without_coreless(found, regions, ["WT"])
     assert kept[0].sum() == 27 + 1 + 1
     assert not kept[0, 6:10, 6:10, 6:10].any()
     np.testing.assert_array_equal(kept[1:], found[1:])
-    np.testing.assert_array_equal(with_core(found, regions, []), found)
+    np.testing.assert_array_equal(without_coreless(found, regions, []), found)
 
     found[1] = False
-    kept = with_core(found, regions, ["WT"])
+    kept = without_coreless(found, regions, ["WT"])
     assert kept[0].sum() == kept[0, 6:10, 6:10, 6:10].sum() == 64
-    assert not with_core(np.zeros_like(found), regions, ["WT"]).any()
+    assert not without_coreless(np.zeros_like(found), regions, ["WT"]).any()
 
     probabilities = np.where(found, 0.9, 0.1).astype(np.float32)
     for cored, voxels in (((), 93), (("WT",), 64)):
         point = OperatingPoint(dict.fromkeys(regions, 0.5), with_core=cored)
         assert point.masks(probabilities, regions, 1728, 1.0, "case")[0].sum() == voxels
+
+
+def test_a_condition_on_a_core_needs_networks_that_segment_it(tmp_path: Path):
+    OperatingPoint({"WT": 0.5, "ET": 0.5}, with_core=("WT",)).write(tmp_path / "point.json", {})
+    with pytest.raises(InputError, match=r"with WT and TC, found none with TC$"):
+        OperatingPoint.from_option(str(tmp_path / "point.json"), REGIONS, 0.5, {})
 
 
 def test_written_and_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -63,12 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmarks.transfer", description=(__doc__ or "").strip()
     )
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}")
+    parser.add_argument(
+        "steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}; default: all"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each; default: %(default)s")
     parser.add_argument("--cases", type=Path, help="a folder of further cases with masks")
     parser.add_argument(
-        "--trained", type=Path, metavar="WEIGHTS", help="a row more: networks trained otherwise, "
-        "such as weights/glioma",
+        "--trained", type=Path, metavar="WEIGHTS", help="networks that were trained otherwise, "
+        "such as weights/glioma; alone, unless steps are named",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, default=Path("runs/transfer"), help="default: %(default)s"
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.cases:
         tests[options.cases.name] = options.cases.resolve()
     rows = []
-    for name in options.steps or STEPS:
+    for name in options.steps or ([] if options.trained else STEPS):
         for seed in range(options.seeds):
             checkpoint = trained(name, seed, output, options.override)
             for family, cases in tests.items():

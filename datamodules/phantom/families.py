@@ -1,8 +1,8 @@
 """Families of phantoms: each has laws of its own for contrast, anatomy, pathology and drawing.
 
 A network that has learnt one family by heart fails on another, as it would on real scans. So what
-helps to carry over is chosen by training on some families and testing on others, and real scans
-choose nothing.
+helps to carry over is chosen by training on some families and testing on others. What the laws owe
+to looks at a real scan is in weights/README.md.
 """
 
 from typing import NamedTuple

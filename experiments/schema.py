@@ -35,7 +35,7 @@ from experiments.rules import (
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 FAMILIES = (  # of phantoms
-    *("classic", "borders", "cores", "creeping", "lopsided"),
+    *("classic", "borders", "cores", "creeping", "lopsided", "low_grade"),
     *("swelling", "infiltrating"),
 )
 CONVENTIONS = ("nan", "brats2020", "brats2023")

@@ -65,6 +65,9 @@ LOPSIDED = CREEPING.but(
     ranges={"lopsided": (0.0, 1.6), "core_edge_mm": (0.2, 1.2)},
     chances={"cortical": 0.6},
 )
+# Half of these tumours do not enhance, as one in twelve does elsewhere: their cores are the hardest to
+# find, and a network that sees few of them leaves them out.
+LOW_GRADE = LOPSIDED.but(chances={"hgg": 0.15, "enhancing_lgg": 0.4})
 SWELLING = CREEPING.but(
     ranges={
         "rugged_mm": (1.0, 5.0),
@@ -96,6 +99,7 @@ FAMILIES = {
     "cores": _family(CORES, DrawnGlioma),
     "creeping": _family(CREEPING, DrawnGlioma),
     "lopsided": _family(LOPSIDED, DrawnGlioma),
+    "low_grade": _family(LOW_GRADE, DrawnGlioma),
     "swelling": _family(SWELLING, SwellingGlioma),
     "infiltrating": _family(INFILTRATING, InfiltratingGlioma),
 }

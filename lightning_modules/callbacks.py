@@ -10,8 +10,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from files import write_text, written_whole
@@ -119,6 +120,41 @@ class KeepFreedMemory(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.strategy.root_device.type == "cpu":
             keep_freed()
+
+
+class AverageWeights(EMAWeightAveraging):
+    """Validates, keeps and tests the moving average of the weights, which train on beneath it.
+
+    Checkpoints hold both: the average, which `checkpoint.load` reads, and the weights, from which
+    training goes on. It differs from Lightning's own callback in that
+
+    - the average stays in the module until validation has ended, so that the scores and the
+      threshold that are computed then are its own;
+    - after training, the module keeps the weights of the checkpoint that it is to be scored with.
+
+    Args:
+        decay: What the average keeps of itself in a step: it looks back on about 1 / (1 - decay).
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__(decay=decay)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do nothing: Lightning calls this before the module's own hook computes the scores."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
 class ChooseThreshold(Callback):

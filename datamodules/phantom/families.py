@@ -65,8 +65,8 @@ LOPSIDED = CREEPING.but(
     ranges={"lopsided": (0.0, 1.6), "core_edge_mm": (0.2, 1.2)},
     chances={"cortical": 0.6},
 )
-# Half of these tumours do not enhance, as one in twelve does elsewhere: their cores are the hardest to
-# find, and a network that sees few of them leaves them out.
+# Half of these tumours do not enhance, as one in twelve does elsewhere: their cores are the hardest
+# to find, and a network that sees few of them leaves them out.
 LOW_GRADE = LOPSIDED.but(chances={"hgg": 0.15, "enhancing_lgg": 0.4})
 SWELLING = CREEPING.but(
     ranges={

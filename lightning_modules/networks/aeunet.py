@@ -13,6 +13,7 @@ from lightning_modules.networks.blocks import (
     Conv3d,
     GroupNorm,
     Level,
+    Logits,
     MakeActivation,
     MakeDownsampling,
     MakeNorm,
@@ -107,12 +108,20 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Upsampling with one residual block a level, from the coarsest level to the input's grid."""
+    """Upsampling with one residual block a level, from the coarsest level to the input's grid.
+
+    Args:
+        filters: Filters of each level, fine to coarse.
+        last: Layer from the features of the finest level to the output.
+        norm: Makes the normalisation of so many channels.
+        activation: Makes the nonlinearity.
+        checkpointing: What the backward pass computes anew.
+    """
 
     def __init__(
         self,
         filters: Sequence[int],
-        out_channels: int,
+        last: nn.Conv3d,
         norm: MakeNorm,
         activation: MakeActivation,
         checkpointing: Checkpointing,
@@ -124,9 +133,7 @@ class Decoder(nn.Module):
             ResidualBlock(width, width, norm, activation, checkpointing=checkpointing)
             for width in coarse_to_fine[1:]
         )
-        self.head = nn.Sequential(
-            norm(filters[0]), activation(), nn.Conv3d(filters[0], out_channels, 1)
-        )
+        self.head = nn.Sequential(norm(filters[0]), activation(), last)
         self.checkpointing = checkpointing
 
     def forward(
@@ -228,6 +235,7 @@ class AEUNet(nn.Module):
         downsampling: Makes the step from one level to the next coarser one.
         dropout: Probability that training sets a channel of the first convolution to zero, in a
             whole patch. Myronenko 2018 has 0.2; Frey & Nau do not mention it.
+        prior: Probability that the untrained network gives to every voxel of every region.
         checkpointing: What the backward pass computes anew, a key of `CHECKPOINTING`.
 
     Raises:
@@ -248,6 +256,7 @@ class AEUNet(nn.Module):
         activation: MakeActivation = nn.LeakyReLU,
         downsampling: MakeDownsampling = StridedConv,
         dropout: float = 0.0,
+        prior: float = 0.5,
         checkpointing: str = "none",
     ) -> None:
         super().__init__()
@@ -265,10 +274,12 @@ class AEUNet(nn.Module):
         self.encoder = Encoder(
             in_channels, self.widths, norm, activation, downsampling, dropout, anew
         )
-        self.decoder = Decoder(self.widths, out_channels, norm, activation, anew)
+        logits = Logits(self.widths[0], out_channels, prior)
+        self.decoder = Decoder(self.widths, logits, norm, activation, anew)
         coarsest = [side // self.divisor for side in size]
         self.bottleneck = Bottleneck(self.widths[-1], coarsest, bottleneck, norm, activation)
-        self.autoencoder = Decoder(self.widths, in_channels, norm, activation, anew)
+        image = nn.Conv3d(self.widths[0], in_channels, 1)
+        self.autoencoder = Decoder(self.widths, image, norm, activation, anew)
 
     def forward(self, x: Float[Tensor, "b c x y z"]) -> AEUNetOutput:
         """Segment and reconstruct training patches of the size `patch_size`."""

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_modules.callbacks import (
+    AverageWeights,
     CaseTable,
     ChooseThreshold,
     SaveConfig,
@@ -24,6 +26,7 @@ from lightning_modules.inference import WholeVolume
 from lightning_modules.losses import CrossEntropy
 from lightning_modules.metrics import LesionMetrics, LesionReport
 from lightning_modules.metrics.lesions import THRESHOLDS
+from lightning_modules.networks.blocks import Segmentation
 from lightning_modules.networks.geometry import Geometry
 from lightning_modules.segmentation import SegmentationModule
 
@@ -43,11 +46,11 @@ class Identity(nn.Module):
         return x * self.weight
 
 
-def detector() -> SegmentationModule:
+def detector(network: nn.Module | None = None, learning_rate: float = 1e-3) -> SegmentationModule:
     return SegmentationModule(
-        Identity(),
+        network or Identity(),
         CrossEntropy(FULL),
-        partial(torch.optim.Adam, lr=1e-3),
+        partial(torch.optim.Adam, lr=learning_rate),
         partial(torch.optim.lr_scheduler.ConstantLR, factor=1),
         WholeVolume(),
         partial(LesionMetrics, FULL),
@@ -91,12 +94,13 @@ def noise(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def trainer(*callbacks: pl.Callback) -> pl.Trainer:
+def trainer(*callbacks: pl.Callback, epochs: int = 1) -> pl.Trainer:
     return pl.Trainer(
+        max_epochs=epochs,
         callbacks=list(callbacks),
         logger=False,
         accelerator="cpu",
-        enable_checkpointing=False,
+        num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -237,3 +241,92 @@ def test_pictures_show_the_background_in_black():
     image = np.array([[0.0, -2.0], [1.0, 3.0]])  # z-scores: the background is not the darkest
     assert display_range(image)[0].tolist() == [0, 0]
     assert display_range(image)[1, 1] == 255
+
+
+class Scaled(Identity):
+    """As `Identity`, and it trains."""
+
+    def forward(self, x: Tensor) -> Segmentation:
+        return Segmentation(self.segment(x))
+
+
+class WeightAtStart(pl.Callback):
+    """Notes the weight that each training step and each validation starts from."""
+
+    def __init__(self) -> None:
+        self.trained: list[float] = []
+        self.validated: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.trained.append(pl_module.network.weight.item())
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.validated.append(pl_module.network.weight.item())
+
+
+class Fit:
+    """A fit of `epochs` epochs of two steps on noise, with a validation after each."""
+
+    def __init__(self, folder: Path, epochs: int, *callbacks: pl.Callback, resume: Any = None):
+        torch.manual_seed(0)
+        self.module = detector(Scaled(), learning_rate=0.1)
+        self.seen = WeightAtStart()
+        last = ModelCheckpoint(folder, "last", enable_version_counter=False)
+        self.trainer = trainer(self.seen, ChooseThreshold(1), *callbacks, last, epochs=epochs)
+        self.loader: Any = torch.utils.data.DataLoader(noise(2))  # pyright: ignore
+        self.trainer.fit(self.module, self.loader, self.loader, ckpt_path=resume)
+        self.checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+        self.weight = float(self.checkpoint["state_dict"]["network.weight"])
+
+
+def averages_of(weights: list[float], decay: float) -> list[float]:
+    """The moving average after every step; it starts as the weight after the first."""
+    averages = [weights[0]]
+    for weight in weights[1:]:
+        averages.append(decay * averages[-1] + (1 - decay) * weight)
+    return averages
+
+
+def test_the_average_is_validated_and_kept_and_the_weights_train_on(tmp_path: Path):
+    plain = Fit(tmp_path / "plain", 4)
+    averaged = Fit(tmp_path / "averaged", 4, AverageWeights(0.6))
+    assert averaged.seen.trained == plain.seen.trained
+    after = [*plain.seen.trained[1:], plain.weight]
+    averages = averages_of(after, 0.6)
+    assert len(set(averages)) == len(averages) == 8
+    two_cases = [average for average in averages[1::2] for _ in range(2)]
+    assert averaged.seen.validated == pytest.approx(two_cases)
+    assert averaged.weight == pytest.approx(averages[-1])
+    assert plain.weight == plain.checkpoint["state_dict"]["network.weight"]
+
+
+def test_the_scores_of_an_average_are_at_its_own_threshold(tmp_path: Path):
+    fit = Fit(tmp_path, 1, AverageWeights(0.6))
+    logged = {name: float(value) for name, value in fit.trainer.callback_metrics.items()}
+    module = detector(Scaled())
+    module.load_state_dict(fit.checkpoint["state_dict"])
+    assert module.threshold == logged["val/threshold"] != 0.5
+    scores = validated(module, noise(2), 1)
+    assert scores == pytest.approx({name: logged[name] for name in scores}, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # that is meant
+def test_after_training_a_checkpoint_is_scored_with_its_own_weights(tmp_path: Path):
+    early = Fit(tmp_path / "early", 1, AverageWeights(0.6))
+    fit = Fit(tmp_path / "fit", 2, AverageWeights(0.6))
+    fit.seen.validated.clear()
+    fit.trainer.validate(
+        fit.module, fit.loader, ckpt_path=tmp_path / "early" / "last.ckpt", verbose=False
+    )
+    assert fit.seen.validated == [early.weight] * 2
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # it goes on in its own folder
+def test_resumed_averages_equal_uninterrupted_ones(tmp_path: Path):
+    whole = Fit(tmp_path / "whole", 4, AverageWeights(0.6))
+    Fit(tmp_path / "half", 2, AverageWeights(0.6))
+    half = Fit(tmp_path / "half", 4, AverageWeights(0.6), resume=tmp_path / "half" / "last.ckpt")
+    assert half.weight == whole.weight
+    assert half.checkpoint["current_model_state"]["network.weight"] == pytest.approx(
+        whole.checkpoint["current_model_state"]["network.weight"]
+    )

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from datamodules.phantom import FAMILIES
 from errors import InputError
-from experiments.benchmarks import error_rates, hardware, realism, revisions, transfer
+from experiments.benchmarks import error_rates, hardware, realism, revisions, spread, transfer
 from experiments.benchmarks.error_rates import Setting
 
 
@@ -74,6 +74,33 @@ def test_transfer_is_summarised_over_seeds_and_over_cases_that_have_a_region():
     assert (line["cases"], line["seeds"]) == ("swelling", "2")
     (line,) = transfer.table([{**row(0, 0.5, 1), "step": "glioma"}])
     assert (line["trained with"], line["it adds"]) == ("glioma", "trained before")
+
+
+def test_every_way_of_spread_can_be_trained(composed: Callable[..., DictConfig]):
+    for way in spread.WAYS.values():
+        for arm in way.arms:
+            overrides = (*spread.COMMON, *way.overrides, *spread.ARMS[arm])
+            config = composed(*overrides)
+            assert ("average" in config.callbacks) == ("callbacks=averaged" in overrides)
+
+
+def test_the_spread_is_over_seeds_and_that_of_differences_over_pairs():
+    def row(arm: str, seed: int, dice: float, true: int = 10) -> dict[str, object]:
+        by_region = {
+            f"{key}_{region}": value
+            for region in spread.REGIONS
+            for key, value in (("true", true), ("dice", dice))
+        }
+        return {"way": "last", "arm": arm, "seed": seed, **by_region}
+
+    baseline = [row("baseline", 0, 0.5), row("baseline", 0, 0.7), row("baseline", 1, 0.8)]
+    relu = [row("relu", 0, 0.7), row("relu", 0, float("nan"), true=0), row("relu", 1, 0.04)]
+    (line,) = spread.table(baseline + relu)
+    # Means over cases of .6 and .8; the differences are .1 and -.76.
+    assert line["WT"] == "0.700 ± 0.1414"
+    assert line["WT, difference"] == "0.6081"
+    assert line["without ET"] == "1 of 4"
+    assert line["which are"] == "the last weights"
 
 
 def test_a_step_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from hydra.experimental.callback import Callback  # noqa: TID251  (the hook of a sweep's end)
@@ -24,9 +24,16 @@ from files import write_text
 
 if TYPE_CHECKING:
     from datamodules.patches import Volumes
+    from experiments.statistics import Ratio
     from lightning_modules.metrics import LesionReport
     from lightning_modules.segmentation import SegmentationModule
 
+FALSE_POSITIVES = "FP a patient"
+RATIOS = {  # column of the table -> what is counted
+    "sensitivity": "detected",
+    FALSE_POSITIVES: "false_positives",
+    "one-to-one sensitivity": "one_to_one",
+}
 NAMES = {"unet": "U-Net", "dnet": "D-Net"}
 COLOURS = {"unet": "#457b9d", "dnet": "#e63946"}
 # Table 1 and section 3 of the paper: 404 T1c scans of a Gamma-Knife centre, a Tesla M40.
@@ -44,7 +51,6 @@ PAPER = (
         "seconds a volume": "1",
     },
 )
-DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class RetestedRun:
 
     Attributes:
         model: Option of the group `model`: "unet" or "dnet".
+        seed: Seed of the run.
         module: The trained network in evaluation mode, on the GPU if there is one.
         report: Lesions of the test cases at every threshold.
         threshold: Probability above which a voxel is predicted, from the checkpoint or chosen anew.
@@ -61,45 +68,16 @@ class RetestedRun:
     """
 
     model: str
+    seed: int
     module: "SegmentationModule"
     report: "LesionReport"
     threshold: float
     fit_s: float
     parameters: int
 
-
-class Interval(NamedTuple):
-    """A score with its 95 % interval, from a bootstrap over patients."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def bootstrap(
-    counts: np.ndarray, totals: np.ndarray, draws: int = DRAWS, seed: int = 0
-) -> Interval:
-    """Estimate the interval of a ratio of two sums over patients, such as found over all lesions.
-
-    Patients are drawn with replacement, and numerator and denominator with them. Lesions are not
-    drawn by themselves: those of one patient are not independent, and the interval would be nearly
-    half as wide.
-
-    Args:
-        counts: Numerator (S, N) of S seeds and N patients; seeds are averaged.
-        totals: Denominator (N,) of the patients.
-        draws: Number of resampled sets of patients.
-        seed: Seed of the draws.
-    """
-    patients = np.random.default_rng(seed).integers(counts.shape[1], size=(draws, counts.shape[1]))
-    numerator = counts.mean(0)
-    value = numerator.sum() / totals.sum()
-    drawn = numerator[patients].sum(1) / np.maximum(totals[patients].sum(1), 1)
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return Interval(float(value), float(low), float(high))
+    def counts(self) -> np.ndarray:
+        """`COUNTS` (N, C) of the N test cases at the threshold."""
+        return self.report.counts[:, self.report.nearest(self.threshold)]
 
 
 def retest(
@@ -130,6 +108,7 @@ def retest(
         threshold = validation.best_threshold(target_fp)
     return RetestedRun(
         model=config["choices"]["model"],
+        seed=config["seed"],
         module=module,
         report=score_lesions(module, volumes_of(run, config, cases or "test")),
         threshold=threshold,
@@ -196,26 +175,12 @@ def table_1(
         seconds: Durations (V,) on the test volumes, by network.
         memory_mib: Peak memory of a pass over the largest volume, by network.
     """
-    from lightning_modules.metrics.lesions import COUNTS
-
     rows = []
     for model, name in NAMES.items():
         runs = [run for run in tested if run.model == model]
         if not runs:
             continue
-        counts = np.stack(  # (seeds, patients, COUNTS)
-            [run.report.counts[:, run.report.nearest(run.threshold)] for run in runs]
-        )
-        lesions = np.array(runs[0].report.lesions_per_case())
-        patients = np.ones(len(lesions))
-        intervals = {
-            count: str(bootstrap(counts[:, :, COUNTS.index(count)], totals))
-            for count, totals in (
-                ("detected", lesions),
-                ("false_positives", patients),
-                ("one_to_one", lesions),
-            )
-        }
+        ratios = ratios_of(runs)
         scores = [run.report.scores(run.threshold) for run in runs]
         by_size = {
             key.removeprefix("sensitivity_"): mean_of(scores, key)
@@ -225,9 +190,10 @@ def table_1(
         rows.append(
             {
                 "network": name,
-                "sensitivity": intervals["detected"],
-                "FP a patient": intervals["false_positives"],
-                "one-to-one sensitivity": intervals["one_to_one"],
+                **{
+                    column: str(ratio.interval(share=column != FALSE_POSITIVES))
+                    for column, ratio in ratios.items()
+                },
                 "sensitivity of the seeds": " ".join(f"{s['sensitivity']:.3f}" for s in scores),
                 "FP of the seeds": " ".join(f"{s['false_positives']:.2f}" for s in scores),
                 "merged": f"{np.mean([s['merged'] for s in scores]):.1f}",
@@ -241,6 +207,31 @@ def table_1(
             }
         )
     return rows
+
+
+def ratios_of(runs: Sequence[RetestedRun]) -> dict[str, "Ratio"]:
+    """Collect what is counted in every run and patient, by the column of the table."""
+    from experiments.statistics import Ratio
+    from lightning_modules.metrics.lesions import COUNTS
+
+    counts = np.stack([run.counts() for run in runs])  # (seeds, patients, COUNTS)
+    lesions = np.array(runs[0].report.lesions_per_case(), float)
+    totals = {FALSE_POSITIVES: np.ones(len(lesions))}
+    return {
+        column: Ratio(counts[:, :, COUNTS.index(count)], totals.get(column, lesions))
+        for column, count in RATIOS.items()
+    }
+
+
+def difference_row(tested: Sequence[RetestedRun]) -> list[dict[str, str]]:
+    """Make the row of D-Net minus U-Net over the seeds that both have; none without two such."""
+    by_model = {model: {run.seed: run for run in tested if run.model == model} for model in NAMES}
+    seeds = sorted(by_model["dnet"].keys() & by_model["unet"].keys())
+    if len(seeds) < 2:
+        return []
+    dnet, unet = (ratios_of([by_model[m][seed] for seed in seeds]) for m in ("dnet", "unet"))
+    row = {"network": f"D-Net minus U-Net, {len(seeds)} pairs"}
+    return [row | {column: str(dnet[column].minus(unet[column])) for column in RATIOS}]
 
 
 def mean_of(scores: Sequence[Mapping[str, float]], key: str) -> str:
@@ -373,7 +364,7 @@ def write_report(folder: Path, target_fp: float | None = None, cases: Path | Non
 
     output = folder / ("report" if cases is None else f"report-{cases.resolve().name}")
     output.mkdir(exist_ok=True)
-    rows = table_1(tested, seconds, memory_mib)
+    rows = [*table_1(tested, seconds, memory_mib), *difference_row(tested)]
     draw_froc(tested, output / "froc.png")
     most_lesion = max(volumes, key=lambda volume: int(volume["mask"].sum()))
     draw_figure_2(tested, most_lesion, output / "example.png")
@@ -383,8 +374,9 @@ def write_report(folder: Path, target_fp: float | None = None, cases: Path | Non
     lines = [
         f"{len(runs)} runs, {len(images)} test cases with {len(tested[0].report.lesions)} lesions, "
         f"volumes as {shape} voxels of {config['data']['cache']['spacing_mm']:g} mm. In brackets: "
-        "the 95 % interval of a bootstrap over patients, seeds averaged. Lesions are those of the "
-        "masks, on the grid of their files; those that a network does not see count as missed.",
+        "95 % intervals for other patients and seeds (`statistics.Ratio`); those of differences "
+        "are paired by both. Lesions are those of the masks, on the grid of their files; those "
+        "that a network does not see count as missed.",
         "",
         markdown([*rows, *PAPER]),
         "",

@@ -284,6 +284,79 @@ def compare(baseline: Scores, level: Scores) -> Comparison:
     )
 
 
+class Interval(NamedTuple):
+    """A score with its confidence interval; the ends are NaN if nothing says how it varies."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if np.isnan(self.low):
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Ratio(NamedTuple):
+    """Counts over totals, such as lesions found over all lesions, of one arm.
+
+    Patients and seeds count as random: lesions of one patient are not independent, and neither are
+    the counts of one seed. To first order, the ratio r = sum of counts / sum of totals varies as
+    the mean of (count - r total) / (mean total) over patients and seeds does, whose variance is
+    that of `crossed`. How often the intervals cover is in experiments/results/benchmarks.
+
+    Attributes:
+        counts: (S, N) of S seeds in N patients.
+        totals: (N,) of the patients, of which one at least is positive.
+    """
+
+    counts: np.ndarray
+    totals: np.ndarray
+
+    @property
+    def value(self) -> float:
+        """The ratio, over all patients and seeds."""
+        return float(self.counts.mean(0).sum() / self.totals.sum())
+
+    def deviations(self) -> np.ndarray:
+        """Compute what each seed and patient adds to the ratio (S, N), with a mean of 0."""
+        return (self.counts - self.value * self.totals) / self.totals.mean()
+
+    def interval(self, confidence: float = 0.95, *, share: bool) -> Interval:
+        """Compute the interval on a scale on which it is about symmetric: logits, or logarithms.
+
+        Args:
+            confidence: How often it covers the ratio over all patients and seeds.
+            share: Whether the ratio lies between 0 and 1.
+        """
+        value = self.value
+        half = _half_width(self.deviations(), confidence)
+        if value <= 0 or (share and value >= 1):
+            return Interval(value, float("nan"), float("nan"))
+        ends = np.array([-half, half])
+        if share:
+            low, high = special.expit(special.logit(value) + ends / (value * (1 - value)))
+        else:
+            low, high = value * np.exp(ends / value)
+        return Interval(value, float(low), float(high))
+
+    def minus(self, other: "Ratio", confidence: float = 0.95) -> Interval:
+        """Compute the difference to another arm, paired by seed and by patient.
+
+        Args:
+            other: The same seeds, patients and totals.
+            confidence: How often the interval covers the difference over all patients and seeds.
+        """
+        difference = self.value - other.value
+        half = _half_width(self.deviations() - other.deviations(), confidence)
+        return Interval(difference, difference - half, difference + half)
+
+
+def _half_width(deviations: np.ndarray, confidence: float) -> float:
+    estimate = crossed(deviations)
+    return float(estimate.standard_error * estimate.quantile((1 - confidence) / 2))
+
+
 class Prospect(NamedTuple):
     """What a comparison will be able to tell four times in five (`POWER`); NaN if that is unknown.
 

@@ -1,6 +1,7 @@
 """Callbacks: seeds, memory, the operating point, and the tables and pictures of a run."""
 
 import csv
+import logging
 from collections.abc import Iterator, Mapping
 from io import StringIO
 from pathlib import Path
@@ -174,7 +175,14 @@ class ChooseThreshold(Callback):
         # Lightning calls this before the module's own hook, which computes the scores.
         assert isinstance(pl_module, SegmentationModule)
         report = pl_module.metrics["val"].report()
-        pl_module.threshold = report.best_threshold(self.target_fp)
+        pl_module.threshold = threshold = report.best_threshold(self.target_fp)
+        found = report.scores(threshold)["false_positives"]
+        if found > self.target_fp:
+            logging.warning(
+                "callbacks.threshold.target_fp: expected at most %g false positives a patient at "
+                "some threshold, found %.3g at the highest, which is taken",
+                *(self.target_fp, found),
+            )
 
 
 class LogSlices(Callback):

@@ -90,7 +90,7 @@ class SegmentationModule(pl.LightningModule):
 
     def forward(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
         """Predict the probabilities of whole volumes at full resolution."""
-        return self.logits(image).sigmoid()
+        return probabilities(self.logits(image))
 
     def logits(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b r x y z"]:
         """Compute the logits of whole volumes at full resolution."""
@@ -105,7 +105,7 @@ class SegmentationModule(pl.LightningModule):
         """Yield the probabilities of candidates in each mirror image, mirrored back."""
         image = self.in_memory_format(image)
         for logits in self.inference.estimates(image, self.network, candidates, flips):
-            yield logits.sigmoid()
+            yield probabilities(logits)
 
     def share(self, candidates: Bool[Tensor, "b x y z"]) -> float:
         """Return how many voxels the network gets for candidates, over how many it gets for all."""
@@ -159,7 +159,7 @@ class SegmentationModule(pl.LightningModule):
         logits = self.logits(batch["image"])
         loss = self.loss.on_volume(logits, batch)["loss"]
         self.volume_losses[stage].update(loss, batch["index"])
-        probability = logits.sigmoid()
+        probability = probabilities(logits)
         self.metrics[stage].update(probability, batch)
         return probability > self.metrics[stage].threshold
 
@@ -226,3 +226,8 @@ class SegmentationModule(pl.LightningModule):
         checkpoint["lr_schedulers"] = [scheduler.state_dict()]
         for group in checkpoint["optimizer_states"][0]["param_groups"]:
             group["lr"] = optimizer.param_groups[0]["lr"]
+
+
+def probabilities(logits: Float[Tensor, "b r *xyz"]) -> Float[Tensor, "b r *xyz"]:
+    """Compute probabilities in float32: in bfloat16 all logits from 6.25 on would be equal."""
+    return logits.float().sigmoid()

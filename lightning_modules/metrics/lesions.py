@@ -27,10 +27,10 @@ from grids import bounding_box, components
 from lightning_modules.metrics.cases import CaseMetrics
 from lightning_modules.networks.geometry import Geometry
 
-# Probabilities from 0.018 to 0.999994, in equal steps of the logit. The highest is so near to 1
+# Probabilities from 0.018 to 0.9999992, in steps of 0.1 of the logit. The highest is so near to 1
 # because a network that was trained with lesions in half of its patches overestimates their
 # probability in whole volumes.
-THRESHOLDS = tuple(float(1 / (1 + np.exp(-logit))) for logit in np.linspace(-4, 12, 49))
+THRESHOLDS = tuple(float(1 / (1 + np.exp(-logit))) for logit in np.linspace(-4, 14, 181))
 
 # What is counted in a case at a threshold.
 COUNTS = (

@@ -20,7 +20,7 @@ from datamodules.metastases import Metastases
 from datamodules.patches import Volumes, collate_volumes
 from errors import InputError
 from experiments import krivov2018
-from experiments.krivov2018 import bootstrap, retest, write_report
+from experiments.krivov2018 import retest, write_report
 from experiments.results import Results
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import load
@@ -237,7 +237,7 @@ def test_figure_2_shows_segmentations_below_probabilities_on_black_air(
     truth = torch.zeros(1, 16, 16, 16, dtype=torch.bool)
     truth[:, 6:9, 6:9, 6:9] = True
     tested = [
-        krivov2018.RetestedRun(model, AsItIs(), None, 0.5, 0.0, 0)  # pyright: ignore
+        krivov2018.RetestedRun(model, 0, AsItIs(), None, 0.5, 0.0, 0)  # pyright: ignore
         for model in ("unet", "dnet")
     ]
     figures = []
@@ -261,12 +261,3 @@ def test_report_without_runs_is_one_clear_line(tmp_path: Path):
     assert done.returncode == 1
     expected = "expected a finished run, or a folder of such, found none"
     assert done.stderr == f"{tmp_path}: {expected}\n"
-
-
-def test_interval_of_a_ratio_over_patients():
-    counts, totals = np.array([[3.0, 0, 2, 1]]), np.array([4.0, 1, 2, 1])
-    interval = bootstrap(counts, totals)
-    assert interval.value == 6 / 8
-    assert 0 <= interval.low < 6 / 8 < interval.high <= 1
-    same = bootstrap(np.repeat([[1.0]], 20, axis=1), np.full(20, 2.0))
-    assert same == (0.5, 0.5, 0.5)

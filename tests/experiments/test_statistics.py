@@ -9,13 +9,14 @@ from itertools import product
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from experiments.statistics import (
     POWER,
     Comparison,
     Decisions,
     Estimate,
+    Ratio,
     Scores,
     collapsed,
     compare,
@@ -525,3 +526,51 @@ def test_what_cannot_be_compared():
     with pytest.raises(ValueError, match="from 0 to 1"):
         compare(by_seed(scores), by_seed(scores - 0.1))
     assert len(astuple(compare(by_seed(scores), by_seed(scores)))) == 8
+
+
+COUNTED = np.array([[3.0, 0, 2, 1], [4, 1, 2, 1], [2, 0, 1, 1]])  # three seeds, four patients
+LESIONS = np.array([4.0, 1, 2, 1])
+
+
+def test_the_interval_of_a_share_is_symmetric_in_logits():
+    ratio = Ratio(COUNTED, LESIONS)
+    assert ratio.value == pytest.approx(18 / 24)
+    # 4 / 8 = .5, the mean of the totals over the total, is what a lesion of one patient weighs.
+    np.testing.assert_allclose(ratio.deviations(), (COUNTED - 0.75 * LESIONS) * 4 / 8)
+    half = half_width(crossed((COUNTED - 0.75 * LESIONS) / 20)) * 10  # far from its ends
+    interval = ratio.interval(share=True)
+    assert special.logit([interval.low, interval.high]) == pytest.approx(
+        special.logit(0.75) + np.array([-half, half]) / (0.75 * 0.25)
+    )
+    assert str(interval) == f"0.750 [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def half_width(estimate: Estimate) -> float:
+    low, high = estimate.interval(0.95)
+    return float(high - low) / 2
+
+
+def test_the_interval_of_a_mean_is_symmetric_in_logarithms():
+    interval = Ratio(COUNTED, np.ones(4)).interval(share=False)
+    half = half_width(crossed(COUNTED / 10)) * 10
+    assert interval.value == pytest.approx(1.5)
+    assert np.log([interval.low, interval.high]) == pytest.approx(
+        np.log(1.5) + np.array([-half, half]) / 1.5
+    )
+
+
+def test_the_difference_of_ratios_is_paired_by_seed_and_patient():
+    other = np.array([[2.0, 0, 2, 0], [3, 0, 1, 0], [2, 0, 2, 1]])
+    found = Ratio(COUNTED, np.ones(4)).minus(Ratio(other, np.ones(4)))
+    half = half_width(crossed((COUNTED - other) / 10)) * 10
+    assert found == pytest.approx((5 / 12, 5 / 12 - half, 5 / 12 + half))
+    same = Ratio(COUNTED, LESIONS).minus(Ratio(COUNTED, LESIONS))
+    assert same.value == 0
+    assert np.isnan(same.low)
+
+
+@pytest.mark.parametrize("counts", [np.zeros((3, 4)), np.tile(LESIONS, (3, 1)), COUNTED[:1]])
+def test_what_does_not_vary_has_no_interval(counts: np.ndarray):
+    interval = Ratio(counts, LESIONS).interval(share=True)
+    assert np.isnan([interval.low, interval.high]).all()
+    assert str(interval) == f"{counts.mean(0).sum() / 8:.3f}"

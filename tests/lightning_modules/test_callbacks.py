@@ -165,6 +165,15 @@ def test_scores_of_the_validation_are_those_at_the_chosen_threshold(target_fp: f
     assert scores == pytest.approx(known)
 
 
+def test_a_threshold_that_does_not_keep_to_the_limit_is_said(caplog: pytest.LogCaptureFixture):
+    sure = [volume(0, dots({(1, 1, 1): 1 - 1e-7, (9, 9, 9): 1 - 1e-7}), LESIONS)]
+    validated(detector(), sure, target_fp=1)
+    assert "false positives" not in caplog.text
+    validated(detector(), sure, target_fp=0.5)
+    assert "expected at most 0.5 false positives a patient" in caplog.text
+    assert "found 1 at the highest" in caplog.text
+
+
 def test_test_scores_are_taken_at_the_threshold_of_the_validation():
     module = detector()
     validated(module, CASES, target_fp=0)

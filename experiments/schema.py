@@ -220,7 +220,7 @@ RULES: dict[str, Rule] = {
     "report.alpha": number(above=0, below=0.5),
     "report.looks": each(whole(2)),
     # predict.py and evaluate.py.
-    "weights": one_of("glioma", None),
+    "weights": one_of("glioma", "metastases", None),
     "checkpoint": checkpoints,
     "input": text,
     "output": text,

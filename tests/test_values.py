@@ -283,7 +283,7 @@ def test_a_value_of_train_that_cannot_be_used_is_one_line(
         ("predict", ["checkpoint=nowhere"], "checkpoint: expected a file or the folder of a run, "),
         ("predict", ["checkpoint=3"], "checkpoint: expected a checkpoint, the folder of a run, or"),
         ("predict", ["checkpoint=[]"], "checkpoint: expected one or more, or weights, found none"),
-        ("predict", ["weights=brain"], "weights: expected glioma or null, found brain"),
+        ("predict", ["weights=brain"], "weights: expected glioma, metastases or null, found b"),
         (
             "predict",
             ["weights=glioma"],

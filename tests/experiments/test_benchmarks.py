@@ -11,7 +11,15 @@ from omegaconf import DictConfig
 
 from datamodules.phantom import FAMILIES
 from errors import InputError
-from experiments.benchmarks import error_rates, hardware, realism, revisions, spread, transfer
+from experiments.benchmarks import (
+    coverage,
+    error_rates,
+    hardware,
+    realism,
+    revisions,
+    spread,
+    transfer,
+)
 from experiments.benchmarks.error_rates import Setting
 
 
@@ -225,3 +233,16 @@ def test_simulated_verdicts():
     assert found["false different"] <= 0.05 + 3 * error
     assert found["false equivalent"] <= 0.05 + 3 * error
     assert sum(error_rates.batches(setting, 1000)) == 1000
+
+
+def test_intervals_of_a_detector_cover():
+    generator = np.random.default_rng(0)
+    studies = [coverage.simulate(40, 5, generator) for _ in range(200)]
+    found = np.array([study.found.sum((1, 2)) for study in studies])
+    lesions = np.array([study.lesions.sum() for study in studies])
+    share = found.sum(0) / 5 / lesions.sum()
+    np.testing.assert_allclose(share, coverage.true_sensitivities(), atol=0.02)
+    covered = [dict(coverage.covered(study, generator)) for study in studies]
+    for name in ("sensitivity", "difference", "false positives", "difference of these"):
+        share = np.mean([study[name] for study in covered])
+        assert share >= 0.95 - 3 * np.sqrt(0.95 * 0.05 / 200), name

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from PIL import Image
 import train
 from errors import InputError
 from experiments import krivov2018, null_report
+from experiments.benchmarks import label_swaps
 from experiments.command import command
 from experiments.cost import Cost
 from experiments.results import Results
 from experiments.run import RunFolder
+from experiments.statistics import compare
 from experiments.sweep import BASELINE_CELL, Cell, read_sweep
 from experiments.verdicts import collapses, is_needless, is_settled, judge
 from hydra_plugins.one_factor_sweeper import looks_of
@@ -253,6 +256,32 @@ def test_a_later_family_changes_no_verdict(sweep: Path):
     for cell, level in before.items():
         assert after[cell].verdict == level.verdict
         assert after[cell].regions["WT"].provable == level.regions["WT"].provable
+
+
+def test_labels_are_swapped_in_every_way(tmp_path: Path):
+    """Against a naive loop that swaps the runs, tests both regions, and corrects by Bonferroni.
+
+    With two regions, a level differs by Holm's correction exactly if it does by Bonferroni's.
+    """
+    sweep = read_sweep(write_sweep(tmp_path, seeds=5, sd=0.02))
+    rows = label_swaps.rows_of(sweep)
+    assert [(row["seeds"], row["ways"], row["alpha spent"]) for row in rows] == [
+        ("5", "32", "0.050")
+    ] * 2
+    for row, cell in zip(rows, sweep.levels(), strict=True):
+        different = 0
+        for swaps in product((False, True), repeat=5):
+            smallest = 1.0
+            for region in sweep.margin:
+                arms: list[Any] = [{}, {}]
+                for seed, swap in enumerate(swaps):
+                    arms[swap][seed] = sweep.dice(BASELINE_CELL, region)[seed]
+                    arms[not swap][seed] = sweep.dice(cell, region)[seed]
+                found = compare(*arms).estimate.p_difference()
+                smallest = min(smallest, 2 * float(found))
+            different += smallest <= 0.05
+        assert row["different"] == f"{different / 32:.3f}"
+    assert rows[1]["different"] == f"{2 / 32:.3f}"  # a difference that all seeds show, both ways
 
 
 def test_collapses_are_counted_by_arm(sweep: Path):

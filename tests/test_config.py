@@ -303,14 +303,14 @@ def test_the_learning_rate_comes_with_the_patches(composed: Compose, patches: st
     assert composed(*choice, "optimizer.lr=1e-5").optimizer.lr == 1e-5
 
 
-@pytest.mark.parametrize(
-    ("data", "patches"), [("phantom", "aeunet_proxy"), ("brats", "aeunet_paper")]
-)
-def test_the_null_report_has_the_patches_of_its_data(composed: Compose, data: str, patches: str):
-    chosen = ["experiment=null_report", f"data={data}"]
-    assert composed(*chosen).patches == composed(f"patches={patches}").patches
-    assert composed(*chosen, "patches=aeunet_paper").patches.size == 80
-    assert composed(*chosen, "patches=aeunet_proxy").patches.size == 32
+def test_the_null_report_on_phantoms_differs_in_data_and_patches_alone(composed: Compose):
+    phantoms, brats = composed("experiment=null_report"), composed("experiment=null_report_brats")
+    assert brats.patches == composed("patches=aeunet_paper").patches
+    proxy = composed("patches=aeunet_proxy").patches
+    assert phantoms.patches == {**proxy, "epochs": 18, "epochs_per_validation": 6}
+    for key in ("filters", "norm", "activation", "downsampling", "augmentation"):
+        assert phantoms[key] == brats[key]
+    assert phantoms.report == brats.report
 
 
 def test_the_small_model_of_frey_and_nau_differs_from_the_large_one_in_its_filters(
@@ -318,7 +318,7 @@ def test_the_small_model_of_frey_and_nau_differs_from_the_large_one_in_its_filte
 ):
     """Section 2.1: "a simplified model with only 8 filters at the input stage"."""
     large = composed("experiment=frey2019", "split=fraction")
-    small = composed("experiment=null_report", "data=brats", f"split.test={large.split.test}")
+    small = composed("experiment=null_report_brats", f"split.test={large.split.test}")
     assert (large.filters.base, small.filters.base) == (32, 8)
     large.filters.base = small.filters.base
     assert identity(large) == identity(small)

@@ -455,7 +455,7 @@ class PowerCutError(Exception):
 def test_a_killed_sweep_ends_with_the_same_table(
     run_sweep: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    arguments = ["experiment=null_report", "factors=norm", "seed=0,1", "trainer.max_epochs=2"]
+    arguments = ["experiment=null_report_brats", "factors=norm", "seed=0,1", "trainer.max_epochs=2"]
     arguments += ["patches.epochs_per_validation=1"]  # a checkpoint is written at a validation
     assert run_sweep(tmp_path / "whole", *arguments) == 0
     planned = json.loads((tmp_path / "whole/plan.json").read_text())["cells"]

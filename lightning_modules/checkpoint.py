@@ -238,7 +238,8 @@ def check_same_network(path: str | Path, model: Mapping[str, Any]) -> None:
         InputError: A value of `model` differs; the message names the first.
     """
     stored = read(path)[CONFIG_KEY]["model"]
-    for key in sorted({*stored, *model} - {"checkpointing"}):  # it changes no result
+    # The one changes no result, and the other only weights that are not trained yet.
+    for key in sorted({*stored, *model} - {"checkpointing", "prior"}):
         if stored.get(key) != model.get(key):
             raise InputError(
                 f"{path}: a checkpoint of another architecture: model.{key} is "

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import DictConfig
 
 import train
-from tests.conftest import ROOT, write_brats
+from tests.conftest import ROOT, write_brats, write_metastases
 
 COMMANDS = [
     line.partition("#")[0].strip()
@@ -97,6 +98,9 @@ def test_python(
         for name in ("RUN", "DETECTOR"):
             command = re.sub(rf"runs/\w+/{name}", config.run_dir, command)
         command = command.replace("FOLDER", str(write_brats(tmp_path / "new", cases=1)))
+    if "METASTASES" in command:
+        write_metastases(tmp_path / "metastases" / "A", np.zeros((24, 24, 24), np.uint8))
+        command = command.replace("METASTASES", str(tmp_path / "metastases"))
     command = command.replace("output=predictions", f"output={tmp_path}/out")
     words = shlex.split(command.replace("FOLDER", str(brats)))
     if "train.py" in words and "--help" not in words:

@@ -11,17 +11,18 @@ import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from csv import DictReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from datamodules.splits import PARTS
-from experiments.benchmarks.revisions import HERE, REGIONS, run, scores_of
+from experiments.benchmarks.revisions import HERE, REGIONS, run
 from experiments.benchmarks.transfer import phantoms
 from experiments.command import command
 from experiments.tables import markdown, write_csv
-from files import write_json, write_text, written_whole
+from files import write_json, write_text
 
 TRAINING_CASES, VALIDATION_CASES, TRAINING_SEED = 51, 24, 0
 TEST_CASES, TEST_SEED = 60, 9  # the seed is none that networks are trained with
@@ -91,7 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in range(options.seeds):
             for arm in WAYS[name].arms:
                 folder = trained(WAYS[name], arm, seed, output, options.override)
-                found = scored(folder / f"{WAYS[name].checkpoint}.ckpt", test)
+                kept = folder / f"{WAYS[name].checkpoint}.csv"
+                if not kept.is_file():
+                    logging.info("%s: scoring", kept)
+                    write_csv(kept, scored(kept.with_suffix(".ckpt"), test))
+                with kept.open(newline="") as file:
+                    found = [{k: float(v) for k, v in row.items()} for row in DictReader(file)]
                 rows += [{"way": name, "arm": arm, "seed": seed, **row} for row in found]
     lines = table(rows)
     write_csv(output / "spread.csv", rows)
@@ -129,19 +135,23 @@ def trained(way: Way, arm: str, seed: int, output: Path, overrides: Sequence[str
     return folder
 
 
-def scored(checkpoint: Path, cases: Path) -> list[dict[str, Any]]:
-    """Predict cases with a checkpoint and score them, see `scores_of`.
+def scored(checkpoint: Path, folder: Path) -> list[dict[str, float]]:
+    """Score a checkpoint of a run on the cases of a folder: a row of scores a case."""
+    import torch
+    from torch.utils.data import DataLoader
 
-    Raises:
-        InputError: The prediction failed.
-    """
-    maps = checkpoint.parent / f"{checkpoint.stem}-maps"
-    if not maps.is_dir():
-        logging.info("%s: predicting", maps)
-        predict = [sys.executable, "predict.py", f"checkpoint={checkpoint}", f"input={cases}"]
-        with written_whole(maps) as partial:
-            run([*predict, f"output={partial}", "pictures=false"], HERE)
-    return scores_of(maps, cases)
+    from datamodules.patches import collate_volumes
+    from experiments.krivov2018 import volumes_of
+    from experiments.run import RunFolder
+    from lightning_modules.checkpoint import load
+
+    module, config = load(checkpoint)
+    volumes = volumes_of(RunFolder(checkpoint.parent), config, folder)
+    metrics = module.metrics["test"]
+    with torch.inference_mode():
+        for batch in DataLoader(volumes, collate_fn=collate_volumes):
+            metrics.update(module(batch["image"]), batch)
+    return list(metrics.rows().values())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -177,12 +187,7 @@ def _means(rows: Sequence[Mapping[str, Any]], region: str) -> np.ndarray:
     """Mean Dice (S,) of each seed over the cases that have a region."""
     seeds = sorted({row["seed"] for row in rows})
     return np.array(
-        [
-            np.mean(
-                [r[f"dice_{region}"] for r in rows if r["seed"] == seed and r[f"true_{region}"]]
-            )
-            for seed in seeds
-        ]
+        [np.nanmean([row[f"dice_{region}"] for row in rows if row["seed"] == s]) for s in seeds]
     )
 
 

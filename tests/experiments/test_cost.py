@@ -18,6 +18,7 @@ from experiments.timing import TrainingStep
 from lightning_modules.inference import WholeVolume
 from lightning_modules.networks.aeunet import AEUNet
 from lightning_modules.segmentation import Batch, MakeOptimizer, SegmentationModule
+from tests.conftest import ROOT
 
 VOLUME = (16, 16, 12)
 VOXELS = 16 * 16 * 12
@@ -246,3 +247,16 @@ def test_the_module_is_left_as_it_is():
 
 def test_the_peak_is_the_sum_of_its_kinds():
     assert Memory(1, 2, 3, 4, 5).peak == 15
+
+
+def test_networks_at_equal_compute_take_as_many_operations_in_all(composed: Callable):
+    """Within 5 %, as training takes whole epochs; ratio 3 within 10 %, as it takes few of them."""
+    total = {}
+    for option in sorted(path.stem for path in (ROOT / "conf/equal_compute").iterdir()):
+        config = composed("experiment=null_report", f"equal_compute={option}")
+        step = predict_step(build(config), shape_of(config), regions=3)
+        total[option] = step.gflops * config.trainer.max_epochs
+        assert config.trainer.max_epochs % config.trainer.check_val_every_n_epoch == 0
+    for option, gflops in total.items():
+        tolerance = 0.1 if option == "ratio_3" else 0.05
+        assert gflops == pytest.approx(total["none"], rel=tolerance), option

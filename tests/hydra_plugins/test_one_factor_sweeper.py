@@ -86,7 +86,10 @@ def test_the_null_report_has_the_axes_of_the_paper(null_report: DictConfig):
         "activation": "leaky_relu,relu",
         "region_weights": "equal,whole,enhancing",
         "inputs": "modalities,similarity,mirrored,both",
+        "equal_compute": "none,ratio_1.5,ratio_2.5,ratio_3,depth_3,depth_5",
     }
+    first_view = null_report.factors.split(",")
+    assert [*first_view, "equal_compute"] == list(null_report.hydra.sweeper.params)[1:]
 
 
 def test_the_place_of_a_cell_in_a_sweep_does_not_change_the_name_of_its_run(

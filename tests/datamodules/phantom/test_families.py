@@ -60,7 +60,7 @@ def test_every_family_has_the_format_of_the_others_and_voxels_of_its_own(kind: s
         assert any(case.labels.any() for case in cases)
         seen[family] = b"".join(case.images["t2"].tobytes() for case in cases)
     if kind == "metastases":  # these differ from the one before in gliomas alone
-        del seen["cores"], seen["lopsided"]
+        del seen["cores"], seen["lopsided"], seen["low_grade"]
     assert len(set(seen.values())) == len(seen)
 
 
@@ -219,3 +219,14 @@ def test_families_take_turns(tmp_path: Path):
         write_phantoms(tmp_path, 3, spacing_mm=8, seed=0, families=families[:1], workers=1)
     with pytest.raises(InputError, match=r"families: expected a choice of classic, .* found round"):
         write_phantoms(tmp_path / "new", 1, spacing_mm=8, seed=0, families=["round"])
+
+
+def test_half_of_the_tumours_of_low_grade_do_not_enhance():
+    """Expected: .15 * .005 + .85 * .6 = .51 of them, and .085 in the family `classic`."""
+    shares = {}
+    for name in ("low_grade", "classic"):
+        laws = FAMILIES[name].laws
+        enhance = [draw_enhancement(RandomStreams(0, index, laws)) for index in range(1000)]
+        shares[name] = 1 - np.mean(enhance)
+    assert shares["low_grade"] == pytest.approx(0.51, abs=0.05)
+    assert shares["classic"] == pytest.approx(0.085, abs=0.03)

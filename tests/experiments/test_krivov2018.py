@@ -4,6 +4,7 @@ import csv
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from datamodules.metastases import Metastases
 from datamodules.patches import Volumes, collate_volumes
 from errors import InputError
 from experiments import krivov2018
-from experiments.krivov2018 import retest, write_report
+from experiments.krivov2018 import RetestedRun, retest, write_report
 from experiments.results import Results
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import load
 from lightning_modules.metrics import LesionMetrics, LesionReport
+from lightning_modules.metrics.lesions import COUNTS
 from lightning_modules.networks.geometry import Geometry
 from tests.conftest import ROOT, write_metastases
 
@@ -261,3 +263,34 @@ def test_report_without_runs_is_one_clear_line(tmp_path: Path):
     assert done.returncode == 1
     expected = "expected a finished run, or a folder of such, found none"
     assert done.stderr == f"{tmp_path}: {expected}\n"
+
+
+def counted(model: str, seed: int, detected: list[int], alarms: list[int]) -> RetestedRun:
+    """A run on three patients with 2, 1 and 1 lesions, of which some are found."""
+    counts = np.zeros((3, 1, len(COUNTS)))
+    counts[:, 0, COUNTS.index("detected")] = detected
+    counts[:, 0, COUNTS.index("one_to_one")] = detected
+    counts[:, 0, COUNTS.index("false_positives")] = alarms
+    lesions = np.array([[0, 5, 1], [0, 5, 1], [1, 5, 1], [2, 5, 1]], float)
+    report = LesionReport(np.array([0.5]), np.arange(3), counts, lesions)
+    return RetestedRun(model, seed, AsItIs(), report, 0.5, 0.0, 0)  # pyright: ignore
+
+
+def test_the_difference_is_d_net_minus_u_net_over_the_seeds_of_both():
+    tested = [
+        counted("unet", 1, [1, 0, 0], [0, 0, 1]),
+        counted("unet", 0, [1, 1, 0], [0, 1, 1]),
+        counted("unet", 7, [0, 0, 0], [9, 9, 9]),  # no D-Net has this seed
+        counted("dnet", 0, [2, 1, 0], [0, 0, 1]),
+        counted("dnet", 1, [2, 1, 1], [1, 1, 1]),
+    ]
+    (row,) = krivov2018.difference_row(tested)
+    assert row["network"] == "D-Net minus U-Net, 2 pairs"
+    # 7 and 3 of 8 lesions; 4 and 3 false positives in 6 patients.
+    assert row["sensitivity"].startswith("0.500 [")
+    assert row["FP a patient"].startswith("0.167 [")
+    # Paired the other way round, both seeds have a difference of 2 lesions, and nothing varies.
+    swapped = [replace(run, seed=1 - run.seed) if run.model == "unet" else run for run in tested]
+    (other,) = krivov2018.difference_row([run for run in swapped if run.seed in (0, 1)])
+    assert other["sensitivity"] == "0.500"
+    assert krivov2018.difference_row(tested[:4]) == []  # one pair

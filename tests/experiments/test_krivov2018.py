@@ -283,6 +283,7 @@ def test_the_difference_is_d_net_minus_u_net_over_the_seeds_of_both():
         counted("unet", 7, [0, 0, 0], [9, 9, 9]),  # no D-Net has this seed
         counted("dnet", 0, [2, 1, 0], [0, 0, 1]),
         counted("dnet", 1, [2, 1, 1], [1, 1, 1]),
+        counted("dnet", 8, [0, 0, 0], [9, 9, 9]),
     ]
     (row,) = krivov2018.difference_row(tested)
     assert row["network"] == "D-Net minus U-Net, 2 pairs"

@@ -366,7 +366,7 @@ def test_nothing_else_is_changed():
 
 def everything() -> list[list[str]]:
     """Make few choices that have every option of every group, each with what goes with it."""
-    own = {"model", "experiment", "callbacks"}
+    own = {"model", "experiment", "callbacks", "equal_compute"}
     dnet = {"inference": ["exact_tiles", "whole_volume"], "metrics": ["lesions"]}
     levels = {
         group: [option for option in options if option not in dnet.get(group, [])]
@@ -393,6 +393,8 @@ def everything() -> list[list[str]]:
         model = option.partition("_")[0]
         if model != "aeunet":
             choices.append([f"model={model}", f"patches={option}"])
+    choices += [["callbacks=averaged"]]
+    choices += [[NULL_REPORT, f"equal_compute={option}"] for option in OPTIONS["equal_compute"]]
     return choices + [[f"experiment={option}"] for option in OPTIONS["experiment"]]
 
 
@@ -621,7 +623,12 @@ HEAVY = {"torch", "pytorch_lightning", "torchio", "monai", "wandb", "scipy"}
         ("train.py", ["norm=group,batch", "-m", "seed=-1"], "seed: expected a whole number from"),
         ("train.py", ["-m", "model.depth=4,9"], "model.depth: expected a whole number from 2 to"),
         ("train.py", [NULL_REPORT, "report.margin.WT=x"], "report.margin.WT: expected a number"),
-        ("train.py", [NULL_REPORT, MODEL_DNET], "an experiment takes the patches of its own model"),
+        ("train.py", [NULL_REPORT, MODEL_DNET], "downsampling: not a group of this model"),
+        (
+            "train.py",
+            ["experiment=detection", "model=aeunet"],
+            "an experiment takes the patches of its own model",
+        ),
         ("train.py", ["plan=true", "patches.size=20"], "patches.size: expected sides divisible by"),
         (
             "train.py",

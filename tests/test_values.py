@@ -112,6 +112,7 @@ TRAIN_CASES = {  # base configuration -> override -> line
         "model.depth=3.5": "model.depth: expected a whole number from 2 to 6, found 3.5",
         "model.depth=7": "model.depth: expected a whole number from 2 to 6, found 7",
         "model.dropout=1": "model.dropout: expected a number from 0 and below 1, found 1",
+        "model.prior=0": "model.prior: expected a number above 0 and below 1, found 0",
         "model.in_channels=3": "model.in_channels: expected 4, the channels of the inputs, found 3",
         "region_weights.ET=0": "region_weights.ET: expected a number above 0, found 0",
         "region_weights.WT=-1": "region_weights.WT: expected a number above 0, found -1",
@@ -210,6 +211,10 @@ TRAIN_CASES = {  # base configuration -> override -> line
         "augmentation.ringing.kept=[0.5,1.1]": "augmentation.ringing.kept: expected [low, high], "
         "each a number above 0 to 1, found",
         "augmentation.blur=null": "augmentation.blur: expected keys of its own, found null",
+    },
+    ("callbacks=averaged",): {
+        "callbacks.average.decay=1": "callbacks.average.decay: expected a number from 0 and below "
+        "1, found 1",
     },
     (MODEL_DNET,): {
         "patches.size=70": "patches.size: expected sides of 52 + a multiple of 4, found 70",

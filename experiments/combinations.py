@@ -169,7 +169,9 @@ def check_scores(config: Plain) -> None:
         refuse("metrics.ranked_by", f"one of {', '.join(known)}", config["metrics"]["ranked_by"])
     watched = {"objective": _get(config, "objective", "val/loss")}
     for name, callback in _get(config, "callbacks", {}).items():
-        watched[f"callbacks.{name}.monitor"] = _get({"_": callback}, "_.monitor", "train/loss")
+        monitor = _get({"_": callback}, "_.monitor", None)
+        if monitor is not None:  # else it keeps the last weights
+            watched[f"callbacks.{name}.monitor"] = monitor
     for key, score in watched.items():
         stage, _, name = score.partition("/")
         logged = stage in ("val", "test") and name in known

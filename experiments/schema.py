@@ -199,6 +199,7 @@ RULES: dict[str, Rule] = {
     "*.default_root_dir": text,
     "*.enable_*": flag,
     # What watches the training, and what it leaves behind.
+    "callbacks.best.monitor": either(text, nothing),
     "callbacks.*.monitor": text,
     "callbacks.*.mode": one_of("min", "max"),
     "callbacks.*.patience": whole(0),

@@ -327,6 +327,24 @@ def test_validation_and_test_scores_are_of_the_same_weights(
     assert objective == metrics["val/dice"]
 
 
+def test_without_a_score_to_watch_the_last_weights_are_scored(
+    composed: Compose, tiny: list[str], bright_start: None
+):
+    config = composed(
+        *tiny,
+        "logger=csv",
+        "trainer.max_epochs=2",
+        "patches.epochs_per_validation=1",
+        "callbacks.best.monitor=null",
+        "+callbacks.worse._target_=tests.test_train.WorseEveryEpoch",
+    )
+    train.train(config)
+    metrics = Results.read(RunFolder(Path(config.run_dir))).metrics
+    first, last, tested = logged(Path(config.run_dir), "val/dice")
+    assert metrics["val/dice"] == tested == pytest.approx(last)
+    assert last < first
+
+
 @pytest.fixture
 def bright_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks predict tumour everywhere at the start, so that the first epoch has a score."""

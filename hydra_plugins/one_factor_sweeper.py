@@ -143,13 +143,19 @@ class OneFactorSweeper(CheckedSweeper):
         """
         levels = {override.get_key_element(): values_of(override) for override in overrides}
         seeds = levels.pop(SEED, ["0"])
-        levels = only(levels.pop(FACTORS, None), levels)
+        levels = only(levels.pop(FACTORS, self.factors()), levels)
         jobs = [
             [f"{key}={value}" for key, value in {**values, SEED: seed}.items()]
             for seed in seeds
             for values in cells(levels)
         ]
         return [list(batch) for batch in self.split_overrides_to_chunks(jobs, max_batch_size)]
+
+    def factors(self) -> list[str] | None:
+        """Return the factors that the experiment names; None: all of them."""
+        assert self.config is not None
+        named = self.config.get(FACTORS)
+        return None if named is None else str(named).split(",")
 
     def planned(self, config: DictConfig, task: DictConfig) -> dict[str, Any]:
         """Return the entry of a cell in the plan."""

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
+from experiments.jobs import composed_jobs
 from hydra_plugins.one_factor_sweeper import add_to_plan, cells, looks_of, only
 from tests.conftest import ROOT
 
@@ -77,7 +78,7 @@ def test_an_unknown_factor_is_one_line(tmp_path: Path, factors: str):
 
 def test_the_null_report_has_the_axes_of_the_paper(null_report: DictConfig):
     assert dict(null_report.hydra.sweeper.params) == {
-        "seed": "range(0,16)",
+        "seed": "range(0,10)",
         "downsampling": "stride,avg,max",
         "filters.ratio": "2,1.5,2.5,3",
         "model.bottleneck": "128,32,64,256,512",
@@ -90,6 +91,16 @@ def test_the_null_report_has_the_axes_of_the_paper(null_report: DictConfig):
     }
     first_view = null_report.factors.split(",")
     assert [*first_view, "equal_compute"] == list(null_report.hydra.sweeper.params)[1:]
+
+
+@pytest.mark.parametrize(
+    ("named", "cells_of_a_seed"), [([], 19), (["factors=equal_compute"], 6), (["factors=norm"], 2)]
+)
+def test_the_factors_are_those_of_the_experiment_or_of_the_command_line(
+    named: list[str], cells_of_a_seed: int
+):
+    jobs = composed_jobs(["experiment=null_report", "seed=0", *named], ROOT / "conf")
+    assert len(jobs) == cells_of_a_seed
 
 
 def test_the_place_of_a_cell_in_a_sweep_does_not_change_the_name_of_its_run(

@@ -193,7 +193,8 @@ TRAIN_CASES = {  # base configuration -> override -> line
         "objective=7": "objective: expected a text, found 7",
         "metrics.ranked_by=accuracy": "metrics.ranked_by: expected one of dice, dice_WT, ",
         "callbacks.best.monitor=val/foo": "callbacks.best.monitor: expected val/ and one of ",
-        "callbacks.early_stopping.monitor=null": "callbacks.early_stopping.monitor: expected a text",
+        "callbacks.early_stopping.monitor=null": "callbacks.early_stopping.monitor: expected a "
+        "text, found null",
         "callbacks.early_stopping.monitor=loss": "callbacks.early_stopping.monitor: expected val/",
         "callbacks.early_stopping.patience=-1": "callbacks.early_stopping.patience: expected a "
         "whole number from 0 on, found -1",

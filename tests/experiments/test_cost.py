@@ -260,3 +260,14 @@ def test_networks_at_equal_compute_take_as_many_operations_in_all(composed: Call
     for option, gflops in total.items():
         tolerance = 0.1 if option == "ratio_3" else 0.05
         assert gflops == pytest.approx(total["none"], rel=tolerance), option
+
+
+def test_the_race_of_detectors_is_at_equal_compute_and_about_equal_steps(composed: Callable):
+    gflops, steps = {}, {}
+    for model in ("dnet", "unet"):
+        config = composed("experiment=detection", f"model={model}")
+        patches = config.patches.per_epoch * config.patches.epochs
+        step = predict_step(build(config), shape_of(config), regions=1)
+        gflops[model], steps[model] = step.gflops * patches, patches / config.patches.batch_size
+    assert gflops["unet"] == pytest.approx(gflops["dnet"], rel=0.02)
+    assert steps["unet"] == pytest.approx(steps["dnet"], rel=0.05)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from hydra.experimental.callback import Callback  # noqa: TID251  (the hook of a sweep's start)
@@ -34,6 +34,41 @@ if TYPE_CHECKING:
 TEMPLATE = "null_report.html.jinja"
 
 Verdicts = Mapping[Cell, "LevelVerdict"]
+
+
+class Claim(NamedTuple):
+    """What Frey & Nau 2019 say of a factor.
+
+    Attributes:
+        sentence: The sentence, with their words between quotation marks.
+        baseline_is_better: Whether they say that of the baseline, and not that no level is better.
+    """
+
+    sentence: str
+    baseline_is_better: bool = False
+
+
+NO_IMPROVEMENT = Claim(
+    'Other levels "did not lead to an improvement in model performance" (section 2.1).'
+)
+CLAIMS = {
+    "downsampling": NO_IMPROVEMENT,
+    "filters.ratio": NO_IMPROVEMENT,
+    "model.bottleneck": NO_IMPROVEMENT,
+    "model.depth": NO_IMPROVEMENT,
+    "norm": NO_IMPROVEMENT,
+    "activation": Claim(
+        'LeakyReLU instead of ReLU was "an improvement in performance" (section 2.1).',
+        baseline_is_better=True,
+    ),
+    "region_weights": Claim(
+        'Other weights brought no "clear change in model performance" (section 2.2).'
+    ),
+    "inputs": Claim(
+        'The similarity "did not further improve model performance"; mirrored patches have "the '
+        'potential to benefit" it (section 2.3).'
+    ),
+}
 
 
 def verdict_rows(sweep: Sweep, verdicts: Verdicts) -> list[dict[str, str]]:
@@ -211,6 +246,48 @@ def sensitivity(sweep: Sweep, verdicts: Verdicts) -> list[str]:
     ]
 
 
+def claims(sweep: Sweep, verdicts: Verdicts) -> dict[str, str]:
+    """Say of each factor what the paper claims, and what came out."""
+    found = {}
+    for factor, claim in CLAIMS.items():
+        levels = {cell.level: verdicts[cell] for cell in sweep.levels() if cell.factor == factor}
+        if levels:
+            here = "; ".join(f"{name} is {in_words(level)}" for name, level in levels.items())
+            found[factor] = f"{claim.sentence} Here, {here}. {outcome(claim, levels)}"
+    return found
+
+
+def in_words(level: "LevelVerdict") -> str:
+    """Give a verdict with the differences that it rests on."""
+    differences = ", ".join(
+        f"{region} {found.comparison.estimate.difference:+.3f}"
+        for region, found in level.regions.items()
+    )
+    return f"{level.verdict} ({differences}, {level.seeds} seeds)"
+
+
+def outcome(claim: Claim, levels: Mapping[str, "LevelVerdict"]) -> str:
+    """Say which levels came out better than the baseline, or worse if the claim is that."""
+    sign, word = (-1, "worse") if claim.baseline_is_better else (1, "better")
+    differing, undecided = [], []
+    for name, level in levels.items():
+        regions = level.regions.values()
+        signed = [sign * found.comparison.estimate.difference for found in regions]
+        if any(
+            found.verdict.startswith("different") and difference > 0
+            for found, difference in zip(regions, signed, strict=True)
+        ):
+            differing.append(name)
+        elif any(found.verdict == "undecided" for found in regions):
+            undecided.append(name)
+    parts = []
+    if differing:
+        parts.append(f"So {' and '.join(differing)} came out {word} than the baseline.")
+    if undecided:
+        parts.append(f"Whether {' or '.join(undecided)} is {word} stays open.")
+    return " ".join(parts) or f"So none is {word} than the baseline by as much as the margin."
+
+
 def write_report(folder: Path, output: Path | None = None) -> Path:
     """Write `null_report.md`, `null_report.csv`, `null_report.html` and `forest.png`.
 
@@ -259,6 +336,9 @@ def as_markdown(sweep: Sweep, verdicts: Verdicts) -> str:
         "# Null report",
         *summary(sweep, verdicts),
         "![Differences by region](forest.png)",
+        "## What the paper says, and what came out",
+        "\n".join(f"- `{factor}`: {said}" for factor, said in claims(sweep, verdicts).items())
+        or "None of its factors.",
         "## Verdicts",
         markdown(rows) if rows else "None yet.",
         "## Dice, false alarms and collapses",
@@ -296,6 +376,7 @@ def as_page(sweep: Sweep, verdicts: Verdicts, output: Path) -> str:
         name=sweep.folder.name,
         colours=VERDICT_COLOURS,
         sentences=summary(sweep, verdicts),
+        claims=claims(sweep, verdicts),
         differences=as_svg(draw_differences(sweep, verdicts)),
         learning_curves=as_svg(draw_learning_curves(sweep)),
         margin=sweep.margin,

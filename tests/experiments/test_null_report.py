@@ -334,6 +334,50 @@ def test_report_of_a_whole_sweep(sweep: Path):
         assert target.startswith("#") or (output / target / "results.json").is_file()
 
 
+def test_the_claim_of_the_paper_stands_beside_what_came_out(tmp_path: Path):
+    """Both are of the factors that the paper writes of, whose levels change nothing, and harm."""
+    folder = write_sweep(tmp_path)
+    no_improvement = 'Other levels "did not lead to an improvement in model performance"'
+    said = null_report.claims(read_sweep(folder), judge(read_sweep(folder)))
+    assert list(said) == ["model.depth", "norm"]
+    assert said["norm"].startswith(
+        f"{no_improvement} (section 2.1). Here, batch is equivalent (WT "
+    )
+    assert ", 3 seeds). So none is better than the baseline by as " in said["norm"]
+    assert "2 is different (WT -0." in said["model.depth"]
+    assert said["model.depth"].endswith(
+        "So none is better than the baseline by as much as the margin."
+    )
+    page = null_report.write_report(folder)
+    text = page.with_suffix(".md").read_text()
+    assert f"- `norm`: {said['norm']}" in text
+    assert no_improvement.replace('"', "&#34;") in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("shift", "claim", "ending"),
+    [
+        (0.2, "norm", "So batch came out better than the baseline."),
+        (-0.2, "norm", "So none is better than the baseline by as much as the margin."),
+        (-0.2, "activation", "So batch came out worse than the baseline."),
+        (0.0, "activation", "So none is worse than the baseline by as much as the margin."),
+    ],
+)
+def test_what_came_out_has_the_direction_of_the_claim(
+    tmp_path: Path, shift: float, claim: str, ending: str
+):
+    sweep = read_sweep(write_sweep(tmp_path, {BASELINE_CELL: 0.0, BATCH: shift}))
+    levels = {"batch": judge(sweep)[BATCH]}
+    assert null_report.outcome(null_report.CLAIMS[claim], levels) == ending
+
+
+def test_what_is_undecided_stays_open(tmp_path: Path):
+    sweep = read_sweep(write_sweep(tmp_path, {BASELINE_CELL: 0.0, BATCH: 0.01}, sd=0.05))
+    levels = {"batch": judge(sweep)[BATCH]}
+    found = null_report.outcome(null_report.CLAIMS["norm"], levels)
+    assert found == "Whether batch is better stays open."
+
+
 def test_report_of_a_half_done_sweep(sweep: Path):
     remove(sweep, "model.depth-2-s*", "norm-batch-s2")
     null_report.write_report(sweep)

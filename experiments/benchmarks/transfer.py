@@ -110,10 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(markdown(lines))
 
 
-def phantoms(folder: Path, families: Sequence[str], count: int, seed: int) -> Path:
+def phantoms(
+    folder: Path, families: Sequence[str], count: int, seed: int, spacing_mm: float = SPACING_MM
+) -> Path:
     """Make phantoms of some families."""
     module = [sys.executable, "-m", "datamodules.phantom", str(folder), "--families", *families]
-    numbers = ["--cases", str(count), "--spacing-mm", str(SPACING_MM), "--seed", str(seed)]
+    numbers = ["--cases", str(count), "--spacing-mm", f"{spacing_mm:g}", "--seed", str(seed)]
     run([*module, *numbers], HERE)
     return folder
 

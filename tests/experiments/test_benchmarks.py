@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     error_rates,
     hardware,
     realism,
+    recipe,
     revisions,
     spread,
     transfer,
@@ -82,6 +83,28 @@ def test_transfer_is_summarised_over_seeds_and_over_cases_that_have_a_region():
     assert (line["cases"], line["seeds"]) == ("swelling", "2")
     (line,) = transfer.table([{**row(0, 0.5, 1), "step": "glioma"}])
     assert (line["trained with"], line["it adds"]) == ("glioma", "trained before")
+
+
+def test_every_way_of_the_recipe_can_be_trained_and_changes_what_it_says(
+    composed: Callable[..., DictConfig],
+):
+    for way in recipe.WAYS.values():
+        config = composed(*recipe.COMMON, *recipe.overrides(way))
+        steps = config.patches.per_epoch / config.patches.batch_size * config.trainer.max_epochs
+        assert steps == way.epochs * recipe.STEPS_AN_EPOCH
+        assert config.data.cache.spacing_mm == way.spacing_mm
+        assert recipe.TEST_FAMILY not in config.data.data_set.families
+        assert tuple(config.data.data_set.families) == recipe.FAMILIES
+
+
+def test_the_recipe_names_minutes_and_spread_of_every_way():
+    def row(seed: int, dice: float) -> dict[str, object]:
+        of = {f"{k}_{r}": v for r in recipe.REGIONS for k, v in (("dice", dice), ("true", 1))}
+        return {"way": "1.5 mm", "seed": seed, "minutes": 9.6 + seed, "border_mm_WT": 0.5, **of}
+
+    (line,) = recipe.table([row(0, 0.5), row(0, 0.7), row(1, 0.8)])
+    assert (line["minutes"], line["steps"], line["seeds"]) == ("10 11", "1728", "2")
+    assert line["WT"] == "0.700 ± 0.141"
 
 
 def test_every_way_of_spread_can_be_trained(composed: Callable[..., DictConfig]):

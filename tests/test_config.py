@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from datamodules.augmentation import RandomAppearance, RandomIntensity
+from datamodules.cases import Case
+from datamodules.splits import PARTS
 from experiments.command import one_line
 from experiments.cost import predict_step
 from experiments.run import identity
@@ -435,3 +438,16 @@ def test_every_network_is_a_choice():
         "initial",
     }
     assert set(OPTIONS["model"]) == files - parts
+
+
+@pytest.mark.parametrize(
+    ("experiment", "sizes"), [("null_report", (57, 22, 201)), ("detection", (178, 39, 103))]
+)
+def test_the_parts_of_an_experiment_have_the_sizes_that_its_file_states(
+    composed: Compose, experiment: str, sizes: tuple[int, int, int]
+):
+    config = composed(f"experiment={experiment}")
+    names = [f"phantom_{number:04}" for number in range(config.data.data_set.count)]
+    cases = [Case(name, {}, mask=Path(name)) for name in names]
+    split = instantiate(config.split)(cases)
+    assert tuple(len(getattr(split, part)) for part in PARTS) == sizes

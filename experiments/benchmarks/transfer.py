@@ -67,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}; default: all"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each; default: %(default)s")
+    parser.add_argument(
+        "--test-spacing-mm", type=float, default=SPACING_MM, help="of the phantoms that are "
+        "predicted; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--cases", type=Path, help="a folder of further cases with masks")
     parser.add_argument(
         "--trained", type=Path, metavar="WEIGHTS", help="networks that were trained otherwise, "
@@ -83,8 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"steps: expected some of {', '.join(STEPS)}, found {min(unknown)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     output = options.output.resolve()
+    spacing_mm = options.test_spacing_mm
     tests = {
-        family: phantoms(output / f"test-{family}", (family,), TEST_CASES, TEST_SEED)
+        family: phantoms(
+            output / f"test-{family}-{spacing_mm:g}mm", (family,), TEST_CASES, TEST_SEED, spacing_mm
+        )
         for family in TEST_FAMILIES
     }
     if options.cases:

@@ -263,7 +263,8 @@ def in_words(level: "LevelVerdict") -> str:
         f"{region} {found.comparison.estimate.difference:+.3f}"
         for region, found in level.regions.items()
     )
-    return f"{level.verdict} ({differences}, {level.seeds} seeds)"
+    seeds = "1 seed" if level.seeds == 1 else f"{level.seeds} seeds"
+    return f"{level.verdict} ({differences}, {seeds})"
 
 
 def outcome(claim: Claim, levels: Mapping[str, "LevelVerdict"]) -> str:

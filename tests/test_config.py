@@ -310,14 +310,19 @@ def test_the_learning_rate_comes_with_the_patches(composed: Compose, patches: st
     assert composed(*choice, "optimizer.lr=1e-5").optimizer.lr == 1e-5
 
 
-def test_the_null_report_on_phantoms_differs_in_data_and_patches_alone(composed: Compose):
+def test_the_null_report_on_phantoms_asks_the_questions_of_the_paper(composed: Compose):
+    """It differs in data, length, looks, and in the weights that are scored."""
     phantoms, brats = composed("experiment=null_report"), composed("experiment=null_report_brats")
     assert brats.patches == composed("patches=aeunet_paper").patches
     proxy = composed("patches=aeunet_proxy").patches
     assert phantoms.patches == {**proxy, "epochs": 18, "epochs_per_validation": 6}
     for key in ("filters", "norm", "activation", "downsampling", "augmentation"):
         assert phantoms[key] == brats[key]
-    assert phantoms.report == brats.report
+    for key in ("margin", "reason", "alpha"):
+        assert phantoms.report[key] == brats.report[key]
+    assert (phantoms.report.looks, brats.report.looks) == ([5, 7], [5, 8, 12])
+    assert phantoms.callbacks.best.monitor is None
+    assert brats.callbacks.best.monitor == "val/dice"
 
 
 def test_the_small_model_of_frey_and_nau_differs_from_the_large_one_in_its_filters(

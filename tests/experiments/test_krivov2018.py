@@ -147,7 +147,7 @@ def test_experiment_runs_from_the_command_line(
         f"hydra.sweep.dir={tmp_path}/runs",
     ]
     if experiment == "detection":  # it sets what only phantoms have
-        overrides += ["~data.data_set.count", "~data.data_set.spacing_mm"]
+        overrides += [f"~data.data_set.{key}" for key in ("count", "spacing_mm", "families")]
     if experiment == "krivov2018":  # one network will do
         overrides.append("model=dnet")
     done = cli("train.py", f"experiment={experiment}", *overrides)

@@ -27,7 +27,7 @@ from experiments.tables import markdown, write_csv
 from files import write_text
 
 ALPHA = 0.05
-LOOKS, MARGINS = (5, 8, 12, 16), (0.02, 0.03)  # those of conf/experiment/null_report.yaml
+LOOKS, MARGINS = (5, 8, 12, 16), (0.02, 0.03)  # those of conf/experiment/null_report_brats.yaml
 PLANTED = 0.05
 # Scores are logistic functions of a sum of normal variables: with these standard deviations and
 # this mean, Dice has about the spreads that notes on real runs of the proxy state.

@@ -65,8 +65,8 @@ CLAIMS = {
         'Other weights brought no "clear change in model performance" (section 2.2).'
     ),
     "inputs": Claim(
-        'The similarity "did not further improve model performance"; mirrored patches have "the '
-        'potential to benefit" it (section 2.3).'
+        'The similarity "did not further improve model performance"; of mirrored patches the '
+        "authors give no result (section 2.3)."
     ),
 }
 

@@ -1,6 +1,6 @@
 """Table of the runs of a sweep: what was tried, and what the validation cases say about it.
 
-    python -m experiments.trials runs/detection_trials model patches.learning_rate norm
+    python -m experiments.trials runs/detection_trials model patches.learning_rate
 
 Rows with the same first column stand together, the best first. Test scores are not read: they are
 for what was chosen.

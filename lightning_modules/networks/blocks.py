@@ -44,6 +44,10 @@ def widths(base: int, ratio: float, depth: int) -> list[int]:
     return [max(8, 8 * int(base * ratio**level / 8 + 0.5)) for level in range(depth)]
 
 
+# PyTorch's group norm of bfloat16 is slow with fewer channels, and faster by way of float32.
+FEWEST_CHANNELS_OF_BFLOAT16 = 16
+
+
 class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` that, like other norms, needs the number of channels only.
 
@@ -78,9 +82,6 @@ class _ChannelsLastGroupNorm(Function):
     bfloat16 is computed in float32, and only the result is rounded.
     """
 
-    # In bfloat16, PyTorch is slow with fewer channels, and faster by way of float32.
-    FEWEST_CHANNELS_OF_BFLOAT16 = 16
-
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401  (torch leaves its type open)
@@ -91,7 +92,7 @@ class _ChannelsLastGroupNorm(Function):
         eps: float,
     ) -> Float[Tensor, "b c x y z"]:
         cases, channels = x.shape[:2]
-        few = channels < _ChannelsLastGroupNorm.FEWEST_CHANNELS_OF_BFLOAT16
+        few = channels < FEWEST_CHANNELS_OF_BFLOAT16
         y, mean, rstd = torch.native_group_norm(
             x.float() if few else x,
             weight,

@@ -1,4 +1,4 @@
-"""What patch, spacing, width, precision and length bring in a given time of training.
+"""What learning rate, patch, spacing, width and precision bring in a given time of training.
 
 Each way differs from `experiment=real_scans` in one respect and trains for about as many minutes,
 but for the one that is longer. All see phantoms of the same families, and predict phantoms at 1 mm
@@ -51,13 +51,15 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "real_scans": Way("patches of 32³, two a step, 2 mm, 16 filters, bfloat16", 24),
-    "patch 48": Way("patches of 48³, one a step", 16, ("patches.size=48",), batch_size=1),
-    "patch 24": Way("patches of 24³, four a step", 28, ("patches.size=24",), batch_size=4),
-    "1.5 mm": Way("voxels of 1.5 mm", 24, spacing_mm=1.5),
-    "8 filters": Way("8 filters", 48, ("filters.base=8",)),
-    "float32": Way("float32", 14, precision="32-true"),
-    "longer": Way("three times as long", 72),
+    "base": Way("patches of 32³, two a step, 2 mm, 16 filters, bfloat16, 1e-3", 12),
+    "2e-3": Way("a learning rate of 2e-3", 12, ("patches.learning_rate=2e-3",)),
+    "5e-4": Way("a learning rate of 5e-4", 12, ("patches.learning_rate=5e-4",)),
+    "patch 48": Way("patches of 48³, one a step", 8, ("patches.size=48",), batch_size=1),
+    "patch 24": Way("patches of 24³, four a step", 14, ("patches.size=24",), batch_size=4),
+    "1.5 mm": Way("voxels of 1.5 mm", 12, spacing_mm=1.5),
+    "8 filters": Way("8 filters", 22, ("filters.base=8",)),
+    "float32": Way("float32", 7, precision="32-true"),
+    "longer": Way("three times as long", 36),
 }
 
 
@@ -123,7 +125,7 @@ def overrides(way: Way) -> list[str]:
         f"data.data_set.spacing_mm={way.spacing_mm:g}",
         *(f"patches.epochs={way.epochs}", f"patches.epochs_per_validation={way.epochs}"),
         *(f"patches.batch_size={way.batch_size}", f"trainer.precision={way.precision}"),
-        f"patches.per_epoch={STEPS_AN_EPOCH * way.batch_size}",
+        *(f"patches.per_epoch={STEPS_AN_EPOCH * way.batch_size}", "patches.learning_rate=1e-3"),
         *way.overrides,
     ]
 

@@ -103,7 +103,7 @@ def test_the_recipe_names_minutes_and_spread_of_every_way():
         return {"way": "1.5 mm", "seed": seed, "minutes": 9.6 + seed, "border_mm_WT": 0.5, **of}
 
     (line,) = recipe.table([row(0, 0.5), row(0, 0.7), row(1, 0.8)])
-    assert (line["minutes"], line["steps"], line["seeds"]) == ("10 11", "1728", "2")
+    assert (line["minutes"], line["steps"], line["seeds"]) == ("10 11", "864", "2")
     assert line["WT"] == "0.700 ± 0.141"
 
 

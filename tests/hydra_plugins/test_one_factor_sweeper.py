@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
+from experiments.benchmarks import error_rates
 from experiments.jobs import composed_jobs
 from hydra_plugins.one_factor_sweeper import add_to_plan, cells, looks_of, only
 from tests.conftest import ROOT
@@ -74,6 +75,13 @@ def test_an_unknown_factor_is_one_line(tmp_path: Path, factors: str):
     assert "factors: expected some of downsampling, filters.ratio, model.bottleneck" in line
     assert line.endswith("found depth")
     assert not (tmp_path / "sweep").exists()
+
+
+def test_error_rates_are_simulated_for_the_null_report(null_report: DictConfig):
+    assert null_report.hydra.sweeper.params.seed == f"range(0,{error_rates.LOOKS[-1]})"
+    assert tuple(null_report.report.looks) == error_rates.LOOKS[:-1]
+    assert tuple(null_report.report.margin.values()) == error_rates.MARGINS
+    assert null_report.report.alpha == error_rates.ALPHA
 
 
 def test_the_null_report_has_the_axes_of_the_paper(null_report: DictConfig):

@@ -36,7 +36,7 @@ from experiments.rules import (
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 FAMILIES = (  # of phantoms
     *("classic", "borders", "cores", "creeping", "lopsided", "low_grade"),
-    *("swelling", "infiltrating"),
+    *("watery", "swelling", "infiltrating"),
 )
 CONVENTIONS = ("nan", "brats2020", "brats2023")
 PRECISIONS = ("32", "16", "bf16")

@@ -68,6 +68,7 @@ LOPSIDED = CREEPING.but(
 # Half of these tumours do not enhance, as one in twelve does elsewhere: their cores are the hardest
 # to find, and a network that sees few of them leaves them out.
 LOW_GRADE = LOPSIDED.but(chances={"hgg": 0.15, "enhancing_lgg": 0.4})
+WATERY = LOW_GRADE.but(ranges={"by_water": (0.4, 1.0)})
 SWELLING = CREEPING.but(
     ranges={
         "rugged_mm": (1.0, 5.0),
@@ -100,6 +101,7 @@ FAMILIES = {
     "creeping": _family(CREEPING, DrawnGlioma),
     "lopsided": _family(LOPSIDED, DrawnGlioma),
     "low_grade": _family(LOW_GRADE, DrawnGlioma),
+    "watery": _family(WATERY, DrawnGlioma),
     "swelling": _family(SWELLING, SwellingGlioma),
     "infiltrating": _family(INFILTRATING, InfiltratingGlioma),
 }

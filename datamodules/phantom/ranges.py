@@ -27,6 +27,11 @@ CONTRAST = {
     "plexus": ((0.60, 0.90), (1.10, 1.70), (1.50, 2.20), (0.70, 1.20)),
 }
 
+# What more water does to a tissue in each of MODALITIES. Free water is dark on T1 and bright on T2,
+# and FLAIR leaves out what has the long T1 of fluid: the wettest cores are less bright than oedema
+# there, the "T2-FLAIR mismatch" of low grades (Patel et al. 2017).
+MORE_WATER = {"oedema": (-1, -1, 1, 1), "core": (-1, -1, 1, -1)}
+
 # Standard deviation of each class's texture relative to the intensity of white matter.
 TEXTURE = {
     "healthy, coarse": (0.01, 0.05),
@@ -76,6 +81,8 @@ RANGES = {
     "grey_ease": (0.15, 0.15),  # and how early it does, relative to white matter
     "lopsided": (0.0, 0.0),  # how much further oedema reaches on one side: score a radius
     "oedema_edge": (0.25, 0.25),  # softness of its border, in units of its score
+    "water": (0.0, 1.0),  # of a tissue: its place in the ranges of all modalities, see MORE_WATER
+    "by_water": (0.0, 0.0),  # how far that place is the same in all modalities; 0: each has its own
     "core_over_oedema": (0.92, 1.1),  # intensity of an isointense core, relative to oedema
     "blood": (0.4, 1.6),  # intensity, in each modality its own: it changes with its age
     "metastasis_rim_mm": (1.2, 3.0),

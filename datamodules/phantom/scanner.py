@@ -7,7 +7,7 @@ import numpy as np
 from datamodules.phantom.anatomy import Tissue
 from datamodules.phantom.fields import Grid, RandomStreams, draw_triangular, sigmoid
 from datamodules.phantom.pathology import PathologyMaps
-from datamodules.phantom.ranges import FLOWING_MM, GLOW, GLOWING_MM, MODALITIES
+from datamodules.phantom.ranges import FLOWING_MM, GLOW, GLOWING_MM, MODALITIES, MORE_WATER
 
 
 def class_maps(
@@ -116,7 +116,7 @@ def ideal_image(
 
     White matter has the intensity 1 before the bias field.
     """
-    weights = _draw_intensities(random, modality)
+    weights = draw_intensities(random, modality)
     image = np.zeros(grid.shape, np.float32)
     for name, volume in maps.items():
         image += weights[name] * volume
@@ -126,7 +126,7 @@ def ideal_image(
     return image * np.exp(bias)
 
 
-def _draw_intensities(random: RandomStreams, modality: str) -> dict[str, float]:
+def draw_intensities(random: RandomStreams, modality: str) -> dict[str, float]:
     """Draw the intensity of every class map in a modality; white matter is 1."""
     generator = random.generator(f"contrast {modality}")
     column = MODALITIES.index(modality)
@@ -134,6 +134,11 @@ def _draw_intensities(random: RandomStreams, modality: str) -> dict[str, float]:
         name: float(draw_triangular(generator, ranges[column]))
         for name, ranges in random.laws.contrast.items()
     }
+    for name, signs in MORE_WATER.items():
+        low, high = random.laws.contrast[name][column]
+        place = 0.5 + signs[column] * (random.draw("water", name) - 0.5)
+        wet, share = low + place * (high - low), random.draw("by_water")
+        weights[name] = (1 - share) * weights[name] + share * wet
     if random.has("isointense_core"):
         weights["core"] = weights["oedema"] * random.draw("core_over_oedema", modality)
     if random.has("cyst"):

@@ -15,7 +15,7 @@ from datamodules.phantom.fields import Grid, RandomStreams, interpolate
 from datamodules.phantom.gliomas import DrawnGlioma, draw_enhancement
 from datamodules.phantom.pathology import Pathology, PathologyMaps
 from datamodules.phantom.ranges import CLASSIC, Laws
-from datamodules.phantom.scanner import class_maps
+from datamodules.phantom.scanner import class_maps, draw_intensities
 from datamodules.phantom.shape import draw_warp
 from errors import InputError
 
@@ -230,3 +230,22 @@ def test_half_of_the_tumours_of_low_grade_do_not_enhance():
         shares[name] = 1 - np.mean(enhance)
     assert shares["low_grade"] == pytest.approx(0.51, abs=0.05)
     assert shares["classic"] == pytest.approx(0.085, abs=0.03)
+
+
+def test_wet_tissue_is_dark_on_t1_and_bright_on_t2_and_wet_cores_less_bright_on_flair():
+    """In the family `watery` alone; intensities of a class hang on its water as the law says."""
+    drawn = {}
+    for name in ("low_grade", "watery"):
+        laws = FAMILIES[name].laws.but(chances={"cyst": 0.0, "isointense_core": 0.0})
+        cases = [RandomStreams(0, index, laws) for index in range(400)]
+        weights = [[draw_intensities(case, m) for m in MODALITIES] for case in cases]
+        for tissue in ("core", "oedema"):
+            values = np.array([[w[tissue] for w in case] for case in weights])
+            assert np.all(values.min(0) >= [low for low, _ in laws.contrast[tissue]])
+            assert np.all(values.max(0) <= [high for _, high in laws.contrast[tissue]])
+            drawn[name, tissue] = np.corrcoef(values.T)
+    apart = ~np.eye(4, dtype=bool)
+    for tissue, signs in (("core", (-1, -1, 1, -1)), ("oedema", (-1, -1, 1, 1))):
+        assert np.all(np.abs(drawn["low_grade", tissue][apart]) < 0.2)
+        together = drawn["watery", tissue] * np.outer(signs, signs)
+        assert np.all(together[apart] > 0.5)

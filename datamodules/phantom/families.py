@@ -68,6 +68,8 @@ LOPSIDED = CREEPING.but(
 # Half of these tumours do not enhance, as one in twelve does elsewhere: their cores are the hardest
 # to find, and a network that sees few of them leaves them out.
 LOW_GRADE = LOPSIDED.but(chances={"hgg": 0.15, "enhancing_lgg": 0.4})
+# A core is bright on T2 and less bright on FLAIR than the oedema around it for the same reason, its
+# water, and so dark on T1: where contrasts are drawn one by one, a network cannot learn that.
 WATERY = LOW_GRADE.but(ranges={"by_water": (0.4, 1.0)})
 SWELLING = CREEPING.but(
     ranges={

@@ -136,10 +136,11 @@ def test_group_norm_of_channels_last_has_the_gradient_of_pytorch(channels, dtype
         x = x.clone().requires_grad_()
         y = layer(x)
         (y.float() * weights).sum().backward()
-        assert x.grad is not None
-        assert y.dtype == x.grad.dtype == x.dtype
-        results.append([t.float() for t in (y, x.grad, layer.weight.grad, layer.bias.grad)])
+        gradients = [x.grad, layer.weight.grad, layer.bias.grad]
+        assert y.dtype == x.dtype
+        results.append([t.float() for t in (y, *gradients) if t is not None])
     assert "_ChannelsLastGroupNorm" in type(norm(image.requires_grad_()).grad_fn).__name__
+    assert [len(found) for found in results] == [4, 4]
     for ours, expected in zip(*results, strict=True):
         # Of the largest value, as a bfloat16 has eight bits and gradients cancel.
         difference = (ours - expected).abs().max() / expected.abs().max()

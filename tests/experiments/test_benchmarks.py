@@ -88,10 +88,11 @@ def test_transfer_is_summarised_over_seeds_and_over_cases_that_have_a_region():
 def test_every_way_of_the_recipe_can_be_trained_and_changes_what_it_says(
     composed: Callable[..., DictConfig],
 ):
-    for way in recipe.WAYS.values():
+    for name, way in recipe.WAYS.items():
         config = composed(*recipe.COMMON, *recipe.overrides(way))
         steps = config.patches.per_epoch / config.patches.batch_size * config.trainer.max_epochs
         assert steps == way.epochs * recipe.STEPS_AN_EPOCH
+        assert config.patches.learning_rate == {"2e-3": 2e-3, "5e-4": 5e-4}.get(name, 1e-3)
         assert config.data.cache.spacing_mm == way.spacing_mm
         assert recipe.TEST_FAMILY not in config.data.data_set.families
         assert tuple(config.data.data_set.families) == recipe.FAMILIES

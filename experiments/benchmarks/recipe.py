@@ -1,9 +1,9 @@
 """What learning rate, patch, spacing, width and precision bring in a given time of training.
 
 Each way differs in one respect from `base`, which is `experiment=real_scans` at a learning rate of
-1e-3, and trains for about as many minutes, but for the one that is longer. All see phantoms of the same families, and predict phantoms at 1 mm
-of a family that none was trained on. What is finished is kept: the same command goes on where it
-was interrupted.
+1e-3, and trains for about as many minutes, but for the one that is longer. All see phantoms of the
+same families, and predict phantoms at 1 mm of a family that none was trained on. What is finished
+is kept: the same command goes on where it was interrupted.
 """
 
 import argparse

@@ -395,10 +395,11 @@ def test_a_pilot_says_what_a_sweep_can_tell():
     title, *lines = plan.prospects(jobs)
     assert title == "What the sweep can tell four times in five, for half of 1 levels:"
     runs = [Run(Cell("", ""), job.config.seed, job.folder) for job in jobs[:4]]
+    alpha = jobs[0].plain["report"]["alpha"]
     for line, region, margin in zip(lines, ("WT", "TC"), (0.02, 0.03), strict=True):
         scores = [run.dice(region) for run in runs]
         differences = np.array([scores[1] - scores[0], scores[3] - scores[2]])
-        hoped = prospect(differences, seeds=3, alpha=0.05, levels=1, regions=2)
+        hoped = prospect(differences, seeds=3, alpha=alpha, levels=1, regions=2)
         assert line.startswith(f"{region}: that a difference of {hoped.detectable:.3f} is not 0, ")
         assert f"within {hoped.provable:.3f} (after 3 seeds, 1 levels)" in line
         assert f"The margin is {margin}" in line

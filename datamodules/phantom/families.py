@@ -69,8 +69,15 @@ LOPSIDED = CREEPING.but(
 # to find, and a network that sees few of them leaves them out.
 LOW_GRADE = LOPSIDED.but(chances={"hgg": 0.15, "enhancing_lgg": 0.4})
 # A core is bright on T2 and less bright on FLAIR than the oedema around it for the same reason, its
-# water, and so dark on T1: where contrasts are drawn one by one, a network cannot learn that.
-WATERY = LOW_GRADE.but(ranges={"by_water": (0.4, 1.0)})
+# water, and so dark on T1: where contrasts are drawn one by one, a network cannot learn that. On T2
+# oedema may be as bright as any core, and the wettest cores are darker on FLAIR than white matter.
+WATERY = LOW_GRADE.but(
+    contrast={
+        "oedema": ((0.61, 0.96), (0.58, 1.00), (1.30, 2.20), (1.30, 1.90)),
+        "core": ((0.36, 0.98), (0.36, 1.10), (1.38, 2.29), (0.80, 1.60)),
+    },
+    ranges={"by_water": (0.4, 1.0)},
+)
 SWELLING = CREEPING.but(
     ranges={
         "rugged_mm": (1.0, 5.0),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from PIL import Image
 import train
 from errors import InputError
 from experiments import krivov2018, null_report
-from experiments.benchmarks import label_swaps
+from experiments.benchmarks import controls
 from experiments.command import command
 from experiments.cost import Cost
 from experiments.results import Results
@@ -264,9 +264,9 @@ def test_labels_are_swapped_in_every_way(tmp_path: Path):
     With two regions, a level differs by Holm's correction exactly if it does by Bonferroni's.
     """
     sweep = read_sweep(write_sweep(tmp_path, seeds=5, sd=0.02))
-    rows = label_swaps.rows_of(sweep)
-    assert [(row["seeds"], row["ways"], row["alpha spent"]) for row in rows] == [
-        ("5", "32", "0.050")
+    _, *rows = controls.rows_of(sweep)
+    assert [(row["seeds"], row["cases"], row["ways"], row["alpha spent"]) for row in rows] == [
+        ("5", "12", "32", "0.050")
     ] * 2
     for row, cell in zip(rows, sweep.levels(), strict=True):
         different = 0
@@ -282,6 +282,39 @@ def test_labels_are_swapped_in_every_way(tmp_path: Path):
             different += smallest <= 0.05
         assert row["different"] == f"{different / 32:.3f}"
     assert rows[1]["different"] == f"{2 / 32:.3f}"  # a difference that all seeds show, both ways
+
+
+def test_half_of_the_baseline_is_compared_with_the_other_and_a_planted_difference_is_found(
+    tmp_path: Path,
+):
+    """Six seeds give 20 halves and 6 ways to pair each with the other, here for `compare`.
+
+    The seeds of `write_sweep` vary by .02, in which .05 is not found with three of them, but .5 is.
+    """
+    sweep = read_sweep(write_sweep(tmp_path, seeds=6))
+    again = controls.rows_of(sweep)[0]
+    assert (again["factor"], again["level"]) == ("baseline", "again")
+    assert (again["seeds"], again["ways"], again["alpha spent"]) == ("3", "120", "0.050")
+    dice = {region: sweep.dice(BASELINE_CELL, region) for region in sweep.margin}
+    for planted, share in ((0.0, again["different"]), (0.05, again["with 0.05 planted"])):
+        different = 0
+        for order in permutations(range(6)):
+            one, other = order[:3], order[3:]
+            if list(one) != sorted(one):  # the same pairs in another order
+                continue
+            smallest = 1.0
+            for by_seed in dice.values():
+                arms = [
+                    {pair: by_seed[seed] + plus for pair, seed in enumerate(half)}
+                    for half, plus in ((other, 0.0), (one, planted))
+                ]
+                smallest = min(smallest, 2 * float(compare(*arms).estimate.p_difference()))
+            different += smallest <= 0.05
+        assert share == f"{different / 120:.3f}"
+    ways = controls.halves(np.array([[dice["WT"][seed] for seed in range(6)]]))
+    assert ways.shape == (120, 1, 3, 12)
+    look = sweep.looks[-1]._replace(seeds=3)
+    assert controls.rate(np.repeat(ways, 2, 1) + 0.5, [look]) == 1.0
 
 
 def test_collapses_are_counted_by_arm(sweep: Path):

@@ -67,9 +67,7 @@ def evaluate(options: Mapping[str, Any]) -> Path:
         data_set = predictor.data_set
         cases = cases_of_part(predictor.cases(), options["cases"], networks_of(options))
         if options["cases"] not in LEARNED_FROM:
-            identities = {case.name: identify(case.reference) for case in cases}
-            for checkpoint in checkpoints_of(options):
-                check_unseen(checkpoint, identities)
+            check_all_unseen(checkpoints_of(options), cases)
         if choose:
             predictor = predictor.with_point(chosen_point(trained, options))
         least_mm3 = predictor.point.least_mm3
@@ -86,6 +84,13 @@ def evaluate(options: Mapping[str, Any]) -> Path:
     print(text.read_text())
     print(f"tables and figures: {output}")
     return text
+
+
+def check_all_unseen(checkpoints: Sequence[Path], cases: Sequence[Case]) -> None:
+    """Refuse cases that a network was trained or validated on, see `check_unseen`."""
+    identities = {case.name: identify(case.reference) for case in cases}
+    for checkpoint in checkpoints:
+        check_unseen(checkpoint, identities)
 
 
 def expected_dice(predictor: Predictor, output: Path) -> dict[str, dict[str, float]]:

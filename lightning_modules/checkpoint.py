@@ -11,6 +11,7 @@ import torch
 from hydra.utils import instantiate
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from errors import InputError
 from files import written_whole
@@ -73,34 +74,55 @@ def _read_weights(path: Path) -> dict[str, Any]:
         return {**known, "state_dict": weights}
 
 
-def export(checkpoint: Path, path: Path, *, half: bool = False) -> None:
+def export(checkpoints: Sequence[Path], path: Path, *, half: bool = False) -> None:
     """Write what prediction needs of a checkpoint as a file that cannot hold code.
 
     Its header has the configuration of network, data and inference, and the cases that the network
     has seen; folders of the machine that trained it are left out.
 
     Args:
-        checkpoint: Checkpoint of train.py.
+        checkpoints: Checkpoint of train.py. The weights of several are averaged to those of one
+            network. That is a good one if they were fine-tuned from the same one, and then it
+            carries over better than each of them (Wortsman et al. 2022, "Model soups"). The
+            configuration is that of the first.
         path: The file to write.
         half: Round the weights to float16, for half the size; networks still compute in float32.
 
     Raises:
-        InputError: `read` refuses the checkpoint, or a weight is beyond float16.
+        InputError: `read` refuses a checkpoint, they are of networks that differ in architecture,
+            input or output, or a weight is beyond float16.
     """
-    content = read(checkpoint)
-    config = {key: content[CONFIG_KEY][key] for key in ("model", "module", "data", "seed")}
+    contents = [read(checkpoint) for checkpoint in checkpoints]
+    config = {key: contents[0][CONFIG_KEY][key] for key in ("model", "module", "data", "seed")}
+    for other, content in zip(checkpoints[1:], contents[1:], strict=True):
+        check_same_network(other, config["model"])
+        _check_same_task(other, content[CONFIG_KEY], checkpoints[0], config)
+    seen: dict[str, dict[str, str]] = {}
+    for content in contents:
+        for part, cases in content[SEEN_KEY].items():
+            seen.setdefault(part, {}).update(cases)
     for node in (config["data"]["data_set"], config["data"]["cache"]):
         node["root"] = Path(node["root"]).name
-    header = {CONFIG_KEY: config, SEEN_KEY: content[SEEN_KEY]}
-    weights = {name: weight.contiguous() for name, weight in content["state_dict"].items()}
+    header = {CONFIG_KEY: config, SEEN_KEY: seen}
+    weights = _mean([content["state_dict"] for content in contents])
     if half:
         weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
         if beyond := [name for name, weight in weights.items() if not weight.isfinite().all()]:
             raise InputError(
-                f"{checkpoint}: expected weights below 65504, found more in {beyond[0]}"
+                f"{checkpoints[0]}: expected weights below 65504, found more in {beyond[0]}"
             )
     with written_whole(path) as partial:
         save_file(weights, partial, {key: json.dumps(value) for key, value in header.items()})
+
+
+def _mean(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Average weights by name; what is no weight, as a count of steps, is that of the first."""
+    return {
+        name: torch.stack([state[name] for state in states]).mean(0)
+        if weight.is_floating_point() and len(states) > 1
+        else weight.contiguous()
+        for name, weight in states[0].items()
+    }
 
 
 def first_readable(paths: Sequence[Path]) -> Path | None:
@@ -174,15 +196,22 @@ def load_ensemble(
     members = [load(path) for path in paths]
     first = members[0].config
     for path, member in zip(paths, members, strict=True):
-        for group, keys in SHARED.items():
-            for key in keys:
-                expected, found = (c["data"][group].get(key) for c in (first, member.config))
-                if expected != found:
-                    raise InputError(
-                        f"{path}: {key} is {found} there and {expected} in {paths[0]}; an ensemble "
-                        "takes networks with the same input and output"
-                    )
+        _check_same_task(path, member.config, paths[0], first)
     return Ensemble([member.module for member in members], flip_axes, precision), first
+
+
+def _check_same_task(
+    path: str | Path, config: Mapping[str, Any], first: str | Path, expected: Mapping[str, Any]
+) -> None:
+    """Refuse a network that sees or predicts something else than the first one."""
+    for group, keys in SHARED.items():
+        for key in keys:
+            values = [c["data"][group].get(key) for c in (expected, config)]
+            if values[0] != values[1]:
+                raise InputError(
+                    f"{path}: {key} is {values[1]} there and {values[0]} in {first}; an ensemble "
+                    "takes networks with the same input and output"
+                )
 
 
 def build(node: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever `_target_` names)

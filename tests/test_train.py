@@ -230,7 +230,7 @@ def test_fine_tuning_starts_from_the_weights_of_a_run_and_from_nothing_else(
     first = composed(*tiny, "logger=csv", f"run_dir={tmp_path}/first")
     train.train(first)
     best = tmp_path / "first/best.ckpt"
-    checkpoint.export(best, tmp_path / "first.safetensors")
+    checkpoint.export([best], tmp_path / "first.safetensors")
     for start in (best, tmp_path / "first.safetensors"):
         folder = tmp_path / start.suffix
         config = composed(

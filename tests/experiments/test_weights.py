@@ -116,6 +116,45 @@ def test_thresholds_of_weights_are_those_that_evaluate_would_choose(
     cases = cases_of_part(trained.cases(), "validation", tmp_path / "runs")
     assert predictor.point == best_point(trained, cases, ["ET"], ["WT"])
 
+    source = write_brats(tmp_path / "unseen", cases=2, shape=(24, 26, 20))
+    write_thresholds(tmp_path / "runs", weights, source)
+    moved = trained.in_folder(source)
+    expected = best_point(moved, moved.cases(), ["ET"], ["WT"])
+    assert OperatingPoint.read(weights / "thresholds.json", predictor.networks) == expected
+    (tmp_path / "seen").mkdir()
+    shutil.copytree(cases[0].reference.parent, tmp_path / "seen" / cases[0].name)
+    with pytest.raises(InputError, match="expected test cases that it has not seen, found 1 of 1"):
+        write_thresholds(tmp_path / "runs", weights, tmp_path / "seen")
+
+
+def test_the_mean_of_runs_is_one_network_that_has_seen_what_they_have(
+    runs: Path, composed: Compose, tiny: list[str], tmp_path: Path
+):
+    paths = [runs / f"run-{seed}" / "best.ckpt" for seed in (0, 1)]
+    contents = [torch.load(path) for path in paths]
+    for content, seen in zip(
+        contents, ({"train": {"1": "a"}}, {"train": {"2": "b"}, "test": {"1": "a"}}), strict=True
+    ):
+        content["seen"] = seen
+    for path, content in zip(paths, contents, strict=True):
+        torch.save(content, path)
+    (written,) = write_weights(runs, tmp_path / "weights", mean=True)
+    assert written.name == "runs.safetensors"
+    state, *states = (checkpoint.load(path).module.state_dict() for path in (written, *paths))
+    for name, weight in state.items():
+        torch.testing.assert_close(weight, (states[0][name] + states[1][name]) / 2)
+    assert checkpoint.read(written)["seen"] == {
+        "train": {"1": "a", "2": "b"},
+        "test": {"1": "a"},
+    }
+    torch.save(untrained(composed, *tiny, "norm=batch"), paths[1])
+    with pytest.raises(InputError, match=r"run-1/best.ckpt: .* another architecture: model\."):
+        write_weights(runs, tmp_path / "others", mean=True)
+    torch.save(untrained(composed, *tiny, "data.cache.spacing_mm=3"), paths[1])
+    with pytest.raises(InputError, match=r"run-1/best.ckpt: spacing_mm is 3 there and 1 in "):
+        write_weights(runs, tmp_path / "others", mean=True)
+    assert not (tmp_path / "others").exists()
+
 
 def test_a_damaged_file_is_named(runs: Path, tmp_path: Path):
     path, _ = write_weights(runs, tmp_path / "weights")

@@ -65,9 +65,10 @@ def write_weights(
     """
     from lightning_modules.checkpoint import WEIGHTS, export
 
-    checkpoints = {run.path.name: [run.best] for run in finished_runs(runs)}
+    finished = finished_runs(runs)
+    checkpoints = {run.path.name: [run.best] for run in finished}
     if mean:
-        checkpoints = {runs.resolve().name: [run.best for run in finished_runs(runs)]}
+        checkpoints = {runs.resolve().name: [run.best for run in finished]}
     written = {output / f"{name}{WEIGHTS}": paths for name, paths in checkpoints.items()}
     if others := set(output.glob(f"*{WEIGHTS}")) - set(written):
         raise InputError(

@@ -82,9 +82,8 @@ def export(checkpoints: Sequence[Path], path: Path, *, half: bool = False) -> No
 
     Args:
         checkpoints: Checkpoint of train.py. The weights of several are averaged to those of one
-            network. That is a good one if they were fine-tuned from the same one, and then it
-            carries over better than each of them (Wortsman et al. 2022, "Model soups"). The
-            configuration is that of the first.
+            network, which only makes sense if they were fine-tuned from the same one (Wortsman et
+            al. 2022, "Model soups"). The configuration is that of the first.
         path: The file to write.
         half: Round the weights to float16, for half the size; networks still compute in float32.
 

@@ -4,9 +4,7 @@ import math
 import platform
 import resource
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -27,7 +25,7 @@ class Results:
         metrics: Validation and test scores of the best checkpoint.
         cost: Predicted cost of the network.
         epochs: Epochs trained, over all resumptions.
-        fit_s: Time of training in this process.
+        fit_s: Time of training, over all resumptions, but for epochs that were cut off.
         test_s: Time of validating and testing the best checkpoint.
         peak_memory_mib: The most memory allocated on the GPU, or, without one, resident in this
             process, whatever it ran before.
@@ -71,21 +69,6 @@ class Results:
     def write(self, folder: RunFolder) -> None:
         """Write the file that says that the run is finished."""
         write_json(folder.results_file, asdict(self))
-
-
-class Stopwatch:
-    """Adds up the seconds of every `with watch("name")` block, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - start
 
 
 def peak_memory_mib() -> float:

@@ -3,13 +3,14 @@
 import logging
 import os
 import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import wandb
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from datamodules.patches import PatchDataModule
 from experiments.compilation import compile_network
 from experiments.cost import predict_step
 from experiments.ranks import is_first
-from experiments.results import Results, Stopwatch, device_name, peak_memory_mib
+from experiments.results import Results, device_name, peak_memory_mib
 from experiments.run import RunFolder
 from lightning_modules.checkpoint import check_unseen
 from lightning_modules.segmentation import SegmentationModule
@@ -102,27 +103,27 @@ def fit_and_test(
         folder.clear()
     if config["compile"]:
         compile_network(module, trainer, shape)
-    watch, waiting = Stopwatch(), WaitingShare()
-    trainer.callbacks.append(waiting)  # pyright: ignore[reportAttributeAccessIssue]
+    timer, waiting = Timer(), WaitingShare()
+    trainer.callbacks += [timer, waiting]  # pyright: ignore[reportAttributeAccessIssue]
     exit_code = 1
     try:
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
-        with watch("fit"):
-            trainer.fit(module, datamodule, ckpt_path=resume)
+        trainer.fit(module, datamodule, ckpt_path=resume)
         # Training that had stopped before this process began counts too.
         progress: Any = trainer.fit_loop.epoch_progress.current
         epochs = progress.processed
         metrics: dict[str, Tensor] = {}
-        with watch("test"):
-            # The last validation was of the last weights: its scores would stand beside the test
-            # scores of other weights, in the results, in the CSV and in the summary of W&B.
-            if parts.validation:
-                trainer.validate(module, datamodule, ckpt_path=folder.best, verbose=False)
-                metrics |= trainer.callback_metrics
-            if parts.test:
-                trainer.test(module, datamodule, ckpt_path=folder.best, verbose=False)
-                metrics |= trainer.callback_metrics
+        start = time.monotonic()
+        # The last validation was of the last weights: its scores would stand beside the test
+        # scores of other weights, in the results, in the CSV and in the summary of W&B.
+        if parts.validation:
+            trainer.validate(module, datamodule, ckpt_path=folder.best, verbose=False)
+            metrics |= trainer.callback_metrics
+        if parts.test:
+            trainer.test(module, datamodule, ckpt_path=folder.best, verbose=False)
+            metrics |= trainer.callback_metrics
+        test_s = time.monotonic() - start
         exit_code = 0
     except SIGTERMException:  # its exit code would be 0, as if all were done
         raise SystemExit(128 + signal.SIGTERM) from None
@@ -135,8 +136,8 @@ def fit_and_test(
         metrics={name: float(value) for name, value in metrics.items()},
         cost=step.cost,
         epochs=epochs,
-        fit_s=watch.seconds["fit"],
-        test_s=watch.seconds["test"],
+        fit_s=timer.time_elapsed(),
+        test_s=test_s,
         peak_memory_mib=peak_memory_mib(),
         device=device_name(),
         waiting=waiting.share,

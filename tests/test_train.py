@@ -154,8 +154,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     with pytest.raises(ConnectionAbortedError):
         train.train(broken)
     assert not (tmp_path / "broken/results.json").exists()
-    assert checkpoint.read(tmp_path / "broken/last.ckpt")["epoch"] == 0
+    kept = checkpoint.read(tmp_path / "broken/last.ckpt")
+    assert kept["epoch"] == 0
+    kept["callbacks"]["Timer"]["time_elapsed"]["train"] += 1e5  # seconds
+    torch.save(kept, tmp_path / "broken/last.ckpt")
     train.train(composed(*common, f"run_dir={tmp_path}/broken"))
+    assert json.loads((tmp_path / "broken/results.json").read_text())["fit_s"] > 1e5
     expected = weights_of(tmp_path / "whole/last.ckpt")
     for name, tensor in weights_of(tmp_path / "broken/last.ckpt").items():
         assert torch.equal(tensor, expected[name]), name

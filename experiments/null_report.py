@@ -29,6 +29,7 @@ from files import write_text
 from hydra_plugins.one_factor_sweeper import PLAN_NAME
 
 if TYPE_CHECKING:
+    from experiments.statistics import Estimate
     from experiments.verdicts import LevelVerdict
 
 TEMPLATE = "null_report.html.jinja"
@@ -79,13 +80,17 @@ def verdict_rows(sweep: Sweep, verdicts: Verdicts) -> list[dict[str, str]]:
         sentence = ", ".join(filter(None, (level.verdict, level.assumption)))
         row = {**cell._asdict(), "seeds": str(level.seeds), "verdict": sentence}
         for region, found in level.regions.items():
-            estimate = found.comparison.estimate
-            low, high = estimate.interval(1 - sweep.alpha)
-            row[f"{region} (± {found.margin:g})"] = (
-                f"{estimate.difference:+.3f} [{low:+.3f}, {high:+.3f}] {found.verdict}"
-            )
+            interval = with_interval(found.comparison.estimate, 1 - sweep.alpha)
+            row[f"{region} (± {found.margin:g})"] = f"{interval} {found.verdict}"
         rows.append(row)
     return rows
+
+
+def with_interval(estimate: "Estimate", confidence: float) -> str:
+    """Format a difference and its interval, which a single seed does not have."""
+    ends = estimate.interval(confidence)
+    known = "" if np.isnan(ends).any() else " [{:+.3f}, {:+.3f}]".format(*ends)
+    return f"{estimate.difference:+.3f}{known}"
 
 
 def outcome_rows(sweep: Sweep) -> list[dict[str, str]]:
@@ -382,6 +387,7 @@ def as_page(sweep: Sweep, verdicts: Verdicts, output: Path) -> str:
         learning_curves=as_svg(draw_learning_curves(sweep)),
         margin=sweep.margin,
         confidence=1 - sweep.alpha,
+        with_interval=with_interval,
         levels=sweep.levels(),
         verdicts=verdicts,
         outcomes=outcome_rows(sweep),

@@ -437,6 +437,8 @@ def test_one_seed_decides_nothing(sweep: Path):
     assert {level.verdict for level in found.values()} == {"undecided"}
     for level in found.values():
         assert np.isnan(level.regions["WT"].comparison.estimate.interval(0.95)).all()
+    for name in ("null_report.md", "null_report.html"):
+        assert "nan" not in (sweep / "report" / name).read_text().split("Cost")[0]
 
 
 def test_a_baseline_alone_is_a_report(sweep: Path):

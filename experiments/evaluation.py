@@ -121,7 +121,7 @@ def best_point(
     with_least_volume: Sequence[str],
     with_core: Sequence[str] = (),
 ) -> OperatingPoint:
-    """Find the thresholds, and least volumes of some regions, with the best mean Dice on cases.
+    """Find thresholds, and least volumes of some regions, on cases: see `Candidates.best`.
 
     Raises:
         InputError: The networks lack a region that `with_core` is about.

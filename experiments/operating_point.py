@@ -259,7 +259,12 @@ class Candidates:
     def best(
         self, with_least_volume: Sequence[str] = (), with_core: Sequence[str] = ()
     ) -> OperatingPoint:
-        """Find the thresholds with the best mean Dice; of equals the one nearest to 0.5.
+        """Find the thresholds nearest to 0.5 whose mean Dice cannot be told from the best.
+
+        A few cases prefer some threshold or other, and what they prefer by chance does not carry
+        over. A threshold counts as good as the best one if its cases lose less than one standard
+        error of that loss (the rule of one standard error, Breiman et al. 1984, Classification and
+        Regression Trees, section 3.4.3; here of paired differences).
 
         A least volume is the smallest one with the fewest false alarms, of those that cost little
         Dice. A region that no case has keeps 0.5, and one that all cases have no least volume.
@@ -272,9 +277,9 @@ class Candidates:
         thresholds: dict[str, float] = {}
         least_mm3: dict[str, float] = {}
         dice, false_alarms = mean_over_cases(self.dice), mean_over_cases(self.false_alarms)
-        for region, scores, alarms in zip(self.regions, dice, false_alarms, strict=True):
-            by_threshold = np.nan_to_num(scores[:, 0])
-            candidates = np.flatnonzero(by_threshold >= by_threshold.max() - 1e-9)
+        for place, region in enumerate(self.regions):
+            scores, alarms = dice[place], false_alarms[place]
+            candidates = as_good_as_best(np.stack([case[place, :, 0] for case in self.dice]))
             threshold = min(candidates.tolist(), key=lambda place: abs(THRESHOLDS[place] - 0.5))
             thresholds[region] = THRESHOLDS[threshold]
             if region in with_least_volume:
@@ -307,6 +312,23 @@ class Candidates:
             )
             for region, table in zip(self.regions, means, strict=True)
         }
+
+
+def as_good_as_best(dice: np.ndarray) -> np.ndarray:
+    """Find the places of thresholds whose mean Dice is within one standard error of the best.
+
+    Args:
+        dice: Of every case and threshold (cases, thresholds); NaN in cases that do not count.
+
+    Returns:
+        The places, in rising order; all if no case counts.
+    """
+    known = dice[~np.isnan(dice).any(1)]
+    if not len(known):
+        return np.arange(dice.shape[1])
+    loss = known[:, [known.mean(0).argmax()]] - known
+    error = loss.std(0, ddof=1) / len(known) ** 0.5 if len(known) > 1 else 0.0
+    return np.flatnonzero(loss.mean(0) <= error + 1e-9)
 
 
 def mean_over_cases(tables: Sequence[np.ndarray]) -> np.ndarray:

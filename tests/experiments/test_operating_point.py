@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from errors import InputError
-from experiments.operating_point import THRESHOLDS, Candidates, OperatingPoint, without_coreless
+from experiments.operating_point import (
+    THRESHOLDS,
+    Candidates,
+    OperatingPoint,
+    as_good_as_best,
+    without_coreless,
+)
 
 REGIONS = ("WT", "ET")
 
@@ -80,6 +86,27 @@ def test_of_equal_thresholds_the_one_nearest_a_half_is_best():
     candidates = Candidates(["WT"], 1.0)
     candidates.add(np.where(truth, 0.9, 0.1).astype(np.float32), truth)
     assert candidates.best().thresholds == {"WT": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("others", "as_good"),
+    [
+        # Losses to the best of .02, -.01 and .02: .01 in the mean, and its standard error is .01.
+        ((0.80, 0.83, 0.80), [0, 1]),
+        # Of .02, .01 and .03: .02, and .0058. All cases prefer the other.
+        ((0.80, 0.81, 0.79), [1]),
+    ],
+)
+def test_a_threshold_is_as_good_as_the_best_within_a_standard_error_of_its_loss(
+    others: tuple[float, ...], as_good: list[int]
+):
+    best = (0.82, 0.82, 0.82)
+    dice = np.array([(*pair, 0.1) for pair in zip(others, best, strict=True)])
+    assert as_good_as_best(dice).tolist() == as_good
+    unknown = np.full((1, 3), np.nan)
+    assert as_good_as_best(np.concatenate([unknown, dice])).tolist() == as_good
+    assert as_good_as_best(dice[:1]).tolist() == [1]  # a single case has no standard error
+    assert as_good_as_best(unknown).tolist() == [0, 1, 2]
 
 
 def test_a_threshold_that_floods_the_brain_is_refused(caplog: pytest.LogCaptureFixture):

@@ -280,7 +280,7 @@ class Candidates:
         for place, region in enumerate(self.regions):
             scores, alarms = dice[place], false_alarms[place]
             candidates = as_good_as_best(np.stack([case[place, :, 0] for case in self.dice]))
-            threshold = min(candidates.tolist(), key=lambda place: abs(THRESHOLDS[place] - 0.5))
+            threshold = min(candidates.tolist(), key=lambda index: abs(THRESHOLDS[index] - 0.5))
             thresholds[region] = THRESHOLDS[threshold]
             if region in with_least_volume:
                 cheap = scores[threshold] >= scores[threshold, 0] - LEAST_VOLUME_COST
